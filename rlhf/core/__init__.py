@@ -1,0 +1,1 @@
+"""Pure tensor functions: no state, no trainer, torch only. Shapes are (rows, time) unless a docstring says otherwise."""

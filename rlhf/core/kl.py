@@ -1,0 +1,54 @@
+"""Kullback-Leibler divergences in nats: sample estimators, named by who sampled, and the adaptive coefficient.
+
+With d = log p(x) - log q(x) and x drawn from p, all of them estimate KL(p || q) (Schulman, "Approximating KL Divergence",
+joschu.net/blog/kl-approx.html). What they give when differentiated differs (tests/core/test_kl.py enumerates it):
+
+| estimator       | mean    | as a loss, gradient of the mean | as a reward (detached, times the score function) |
+|-----------------|---------|---------------------------------|--------------------------------------------------|
+| k1 = d          | KL      | 0: pure noise                   | grad KL(p || q)                                  |
+| k2 = d^2 / 2    | biased  | grad KL(p || q)                 | wrong                                            |
+| k3 = e^-d-1+d   | KL      | grad KL(q || p), the other one  | grad KL(p || q) - grad KL(q || p): wrong         |
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+MAX_LOG_RATIO = 20.0
+"""exp() of more is meaningless; clamping before it keeps value and gradient finite (the gradient is 0 beyond)."""
+
+
+def kl_estimate(sampler_logprobs: Tensor, other_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """Per element, an estimate of KL(sampler || other) from samples of the sampler. Any shape, two log-probs per sample."""
+    d = sampler_logprobs - other_logprobs
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return 0.5 * d**2
+    if estimator == "k3":
+        d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return torch.expm1(-d) + d
+    raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2 or k3")
+
+
+def sequence_kl_estimate(sampler_logprobs: Tensor, other_logprobs: Tensor, mask: Tensor, estimator: KLEstimator) -> Tensor:
+    """The estimator of the *summed* log-ratio of each row: (rows, time) -> (rows,).
+
+    Only this (k2 as a loss, k1 as a reward with return-to-go) has the gradient of the sequence's KL: summing per-token
+    losses loses the effect of a token on the divergence of later ones (arXiv 2506.09477; ALGORITHMS.md B5).
+    """
+    log_ratio = torch.where(mask, sampler_logprobs - other_logprobs, 0.0).sum(-1)
+    return kl_estimate(log_ratio, torch.zeros_like(log_ratio), estimator)
+
+
+def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, num_completions: int, horizon: int) -> float:
+    """The coefficient for the next step: kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_completions / horizon).
+
+    `kl` and `target` are nats per completion (the sum over its tokens, averaged over completions).
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2 and released code.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * num_completions / horizon)

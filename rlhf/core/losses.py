@@ -1,0 +1,63 @@
+"""Elementwise losses, minimised; `weighted_sum` in masking.py reduces them. All tensors are (rows, time).
+
+Elements where `mask` is False have ratio 1 and no gradient: the log-ratio is masked *before* exp, because a masked inf
+after it would leave a finite loss with a NaN gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf.core.kl import MAX_LOG_RATIO
+
+
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log(pi / pi_old) where `mask`, else 0; clamped to +-20 as a guard of exp."""
+    return torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def clipped_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """PPO's clipped policy loss: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / pi_old.
+
+    Schulman et al. 2017, eq. 7 (arXiv 1707.06347); unequal bounds are DAPO's clip-higher (arXiv 2503.14476).
+    `dual_clip` = c > 1 bounds the loss of a negative advantage by -c A, however large r grows (Ye et al. 2020,
+    arXiv 1912.09729). Does not normalise advantages and does not reduce.
+    """
+    ratio = log_ratio(logprobs, old_logprobs, mask).exp()
+    objective = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip is not None:
+        objective = torch.where(advantages < 0, torch.max(objective, dual_clip * advantages), objective)
+    return -objective
+
+
+def unclipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """The surrogate without its clip, -r A: TRPO's objective (arXiv 1502.05477, eq. 14), and what the clip protects from."""
+    return -log_ratio(logprobs, old_logprobs, mask).exp() * advantages
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_range: float | None
+) -> Tensor:
+    """0.5 max((V - R)^2, (V_old + clip(V - V_old, -range, range) - R)^2); 0.5 (V - R)^2 if the range is None.
+
+    The form of OpenAI's baselines (not in the PPO paper). The max makes it pessimistic: the gradient vanishes only where V
+    left the band *towards* R. The range is in units of the reward, so it depends on the reward's scale.
+    """
+    error = torch.where(mask, values - returns, 0.0) ** 2
+    if value_clip_range is None:
+        return 0.5 * error
+    near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+    return 0.5 * torch.max(error, torch.where(mask, near - returns, 0.0) ** 2)
+
+
+def clipped_elements(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """Where the clip stops the gradient: (below: A < 0 and r < 1 - clip_low, above: A > 0 and r > 1 + clip_high), boolean."""
+    return (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)

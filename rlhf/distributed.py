@@ -1,0 +1,118 @@
+"""Processes and devices: the only file that knows accelerate. With one process everything here is the identity."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from rlhf.types import TrainingBatch
+
+
+class Distributed:
+    """One process's view of the group: rank, device, sums over processes, and the gradient step."""
+
+    def __init__(
+        self,
+        *,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        tracker: str | None = None,
+        tracker_dir: str | None = None,
+    ) -> None:
+        """precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a name Accelerate knows."""
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="bf16" if precision == "bfloat16" else "no",
+            log_with=tracker,
+            project_dir=tracker_dir,
+        )
+        self.rank = self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.device = self.accelerator.device
+        self.strategy = self.accelerator.distributed_type.value
+        self._plain = self.world_size == 1 and precision == "float32"
+
+    def prepare(self, policy: Module, optimizer: Optimizer) -> tuple[Module, Optimizer]:
+        """The policy to train with (its parameters equal on all processes) and its optimizer."""
+        if self._plain:
+            return policy, optimizer
+        return self.accelerator.prepare(policy, optimizer)
+
+    def autocast(self) -> Any:
+        return nullcontext() if self._plain else self.accelerator.autocast()
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """`values` added over all processes."""
+        return values if self.world_size == 1 else self.accelerator.reduce(values, reduction="sum")
+
+    @contextmanager
+    def accumulate(self, policy: Module, *, last: bool) -> Iterator[None]:
+        """Around a microbatch: only the last one of a minibatch exchanges gradients."""
+        with nullcontext() if last or self.world_size == 1 else self.accelerator.no_sync(policy):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss` is this process's share of a global sum; data parallelism averages gradients, hence the factor."""
+        if self._plain:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss * self.world_size)
+
+    def clip_gradients(self, policy: Module, max_norm: float) -> Tensor:
+        """Scale the gradient down to `max_norm`; its norm before."""
+        if self._plain:
+            return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+        norm = self.accelerator.clip_grad_norm_(policy.parameters(), max_norm)
+        return torch.as_tensor(norm)
+
+    def share(self, count: int) -> range:
+        """This process's contiguous share of 0 .. count - 1; shares differ by at most one."""
+        bounds = [count * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+        return range(*bounds)
+
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, one after the other; later dimensions may differ and are padded with 0 at the end."""
+        if self.world_size == 1:
+            return tensor
+        if tensor.dtype == torch.bool:
+            return self.gather_rows(tensor.to(torch.uint8)).bool()
+        shape = torch.tensor(tensor.shape, device=tensor.device)
+        shapes = [torch.empty_like(shape) for _ in range(self.world_size)]
+        dist.all_gather(shapes, shape)
+        widest = torch.stack(shapes).amax(0).tolist()
+        padded = tensor.new_zeros(widest)
+        padded[tuple(slice(size) for size in tensor.shape)] = tensor
+        pieces = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(pieces, padded)
+        return torch.cat([piece[: int(shape[0])] for piece, shape in zip(pieces, shapes, strict=True)])
+
+    def gather_batch(self, batch: TrainingBatch) -> TrainingBatch:
+        """The global batch, in the order of `row_index`, on every process."""
+        if self.world_size == 1:
+            return batch
+        batch = batch.map_rows(self.gather_rows)
+        return batch.select(batch.row_index.argsort())
+
+    def gather_objects(self, items: list[Any]) -> list[Any]:
+        """The list elements of all processes, in the order of ranks."""
+        return items if self.world_size == 1 else gather_object(items)
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def start_tracking(self, run_name: str, config: Mapping[str, Any]) -> None:
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers(run_name, config=dict(config))
+
+    def track(self, metrics: Mapping[str, float], step: int) -> None:
+        self.accelerator.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self.accelerator.end_training()

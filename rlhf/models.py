@@ -1,0 +1,150 @@
+"""Language models as policies: a causal LM and a value head in one module, and loading with errors a user understands."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.core.logprobs import entropy, logprobs_and_entropy, token_logprobs
+from rlhf.errors import InputError
+from rlhf.types import Inputs, PolicyOutputs
+
+LOGITS_AT_ONCE = 2**25
+"""Numbers in one chunk of logits (128 MB in float32); longer batches are scored chunk by chunk."""
+
+# Settings of model families whose logits are more than output_embeddings(hidden): these are scored by the LM's own forward.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+class Policy(nn.Module):
+    """A causal LM with an optional value head on its last hidden states.
+
+    Sequences are right-padded: `input_ids` (rows, width) holds prompt, completion, padding; `prompt_lengths` is (rows,).
+    Causal attention never looks to the right, so padding needs no attention mask and cannot matter. Log-probs are those of
+    softmax(logits / temperature), as in sampling. Always in eval mode: dropout would make the first ratio differ from 1.
+    """
+
+    def __init__(self, lm: PreTrainedModel, *, temperature: float = 1.0, value_head: bool = False) -> None:
+        super().__init__()
+        self.lm = lm
+        self.temperature = temperature
+        config = lm.config.get_text_config()
+        self.value_head = ValueHead(config.hidden_size, like=next(lm.parameters())) if value_head else None
+        self.chunk_tokens = max(1, LOGITS_AT_ONCE // config.vocab_size)
+        self._own_forward = any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_TRANSFORMS)
+        self.eval()
+
+    def forward(
+        self, inputs: Inputs, actions: Tensor, *, with_values: bool = False, with_entropy: bool = False
+    ) -> PolicyOutputs:
+        """Log-probs (values, entropies) of the completion tokens `actions`, (rows, time); padding gives arbitrary numbers.
+
+        logits[t] scores the token at t + 1, and V is the value of the state *before* each token, so both read the hidden
+        states from the prompt's last token on.
+        """
+        lengths = inputs["prompt_lengths"]
+        ids = inputs["input_ids"][:, : int(lengths.max()) + actions.shape[1]]
+        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        places = (lengths - 1).unsqueeze(1) + torch.arange(actions.shape[1], device=ids.device)
+        places = places.clamp(max=ids.shape[1] - 1).unsqueeze(-1)
+        states = hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
+        if self._own_forward:
+            logits = self.lm(input_ids=ids, use_cache=False).logits
+            logits = logits.gather(1, places.expand(-1, -1, logits.shape[-1]))
+            logprobs = token_logprobs(logits, actions, temperature=self.temperature)
+            entropies = entropy(logits, temperature=self.temperature) if with_entropy else None
+        else:
+            logprobs, entropies = logprobs_and_entropy(
+                states,
+                self.lm.get_output_embeddings(),
+                actions,
+                temperature=self.temperature,
+                with_entropy=with_entropy,
+                chunk_tokens=self.chunk_tokens,
+            )
+        values = self.value_head(states) if with_values and self.value_head is not None else None
+        return PolicyOutputs(logprobs=logprobs, values=values, entropy=entropies)
+
+    def train(self, mode: bool = True) -> "Policy":
+        """Stays in eval mode; see the class."""
+        return super().train(False)
+
+
+class ValueHead(nn.Module):
+    """hidden states (rows, time, width) -> values (rows, time), in float32 or wider. Starts at 0: no opinion."""
+
+    def __init__(self, width: int, like: Tensor) -> None:
+        super().__init__()
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        self.linear = nn.Linear(width, 1, dtype=dtype, device=like.device)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1)
+
+
+def frozen_copy(lm: PreTrainedModel, *, temperature: float) -> Policy:
+    """The reference policy: a copy of the weights as they are now, without gradients."""
+    return Policy(deepcopy(lm), temperature=temperature).requires_grad_(False)
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer once (tied weights have one name), for checkpoints."""
+    buffers = {name: b for name, b in module.named_buffers() if name in module.state_dict()}
+    return {name: p.detach() for name, p in module.named_parameters()} | buffers
+
+
+def load_named_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into the module; names and shapes must agree."""
+    own = named_tensors(module)
+    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+        different = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+        raise InputError(
+            f"The checkpoint is of another model: {', '.join(different[:3])} differ(s). "
+            "Resume with the policy the run was started with, or start anew in another output_dir."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short text that changes when the weights do (sums in float64), to notice another model on resume."""
+    total = sum(p.detach().double().sum().item() * (i + 1) for i, p in enumerate(module.parameters()))
+    return f"{total:.12e}"
+
+
+def load_tokenizer(path: str, *, setting: str = "tokenizer") -> PreTrainedTokenizerBase:
+    return _load(AutoTokenizer, path, setting)
+
+
+def load_causal_lm(path: str, *, setting: str = "policy") -> PreTrainedModel:
+    """Float32 weights: updates of 1e-6 vanish in bfloat16. Set the trainer's precision for faster arithmetic."""
+    return _load(AutoModelForCausalLM, path, setting, dtype=torch.float32)
+
+
+def _load(loader: Any, path: str, setting: str, **options: Any) -> Any:
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
+        raise InputError(f"{setting}: there is no directory {path!r}. Give a directory saved by save_pretrained or a hub name.")
+    try:
+        return loader.from_pretrained(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{setting}: cannot load {path!r} ({reason}). Give a directory saved by save_pretrained or a hub name."
+        ) from error
+
+
+def check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every token the tokenizer can produce must have an embedding."""
+    size = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > size:
+        raise InputError(
+            f"tokenizer: it has {len(tokenizer)} tokens, but the policy embeds only {size}. Use the policy's own "
+            "tokenizer, or call policy.resize_token_embeddings(len(tokenizer)) before training."
+        )

@@ -1,0 +1,157 @@
+"""From a batch of advantages to new weights: epochs x minibatches x microbatches, for every algorithm with a loss.
+
+The optimizer step does not depend on how rows are spread over processes or cut into microbatches: every process holds the
+whole batch, membership of a minibatch is a function of (seed, step, epoch), and denominators are those of the minibatch.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from rlhf.algorithms import Algorithm
+from rlhf.core.masking import whiten
+from rlhf.core.random import MINIBATCH, permutation
+from rlhf.distributed import Distributed
+from rlhf.errors import InputError, TrainingError
+from rlhf.metrics import MetricSums
+from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    """How one batch becomes optimizer steps. Sizes are global: over all processes."""
+
+    num_epochs: int = 4
+    """Passes over each batch."""
+    minibatch_size: int = 64
+    """Rows (completions; transitions on control tasks) per optimizer step."""
+    microbatch_tokens: int = 16_384
+    """Tokens one process holds in memory at once, padding included: changes memory and speed, never results."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this global norm."""
+    target_kl: float | None = None
+    """Stop the step's remaining updates once KL(old || policy) of a minibatch exceeds 1.5 times this; off if null."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "minibatch_size", "microbatch_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.max_grad_norm > 0 or (self.target_kl is not None and not self.target_kl > 0):
+            raise InputError("max_grad_norm and target_kl must be above 0; use target_kl null for no stop.")
+
+
+def update(
+    policy: Module,
+    algorithm: Algorithm,
+    batch: TrainingBatch,
+    optimizer: Optimizer,
+    config: UpdateConfig,
+    distributed: Distributed,
+    *,
+    seed: int,
+    step: int,
+) -> dict[str, float]:
+    """Train `policy` on the global `batch` (equal on all processes); the step's mean metrics, global.
+
+    policy: module called as policy(inputs, actions, with_values=, with_entropy=) -> PolicyOutputs.
+    Raises TrainingError, before the weights are touched, if a gradient is not finite.
+    """
+    sums = MetricSums()
+    optimizer_steps, stopped = 0, False
+    for epoch in range(config.num_epochs):
+        order = permutation(batch.rows, seed, MINIBATCH, step, epoch).to(batch.actions.device)
+        for rows in order.split(config.minibatch_size):
+            minibatch = _minibatch(batch, rows, algorithm.whiten_minibatch)
+            optimizer.zero_grad(set_to_none=True)
+            kl = _accumulate_gradients(policy, algorithm, minibatch, config.microbatch_tokens, distributed, sums)
+            if config.target_kl is not None and distributed.all_sum(kl) > 1.5 * config.target_kl:
+                stopped = True
+                break
+            norm = distributed.clip_gradients(policy, config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise TrainingError(
+                    f"The gradient of step {step}, epoch {epoch}, optimizer step {optimizer_steps} is not finite; the "
+                    "weights were not touched. Lower learning_rate, or look for a reward or model output of extreme size."
+                )
+            optimizer.step()
+            optimizer_steps += 1
+            sums.add({"grad_norm": (norm, norm.new_ones(()))})
+        if stopped:
+            break
+    optimizer.zero_grad(set_to_none=True)
+    return {**batch.metrics, **sums.reduce(distributed.all_sum), "optimizer_steps": float(optimizer_steps)}
+
+
+def _minibatch(batch: TrainingBatch, rows: Tensor, whiten_advantages: bool) -> TrainingBatch:
+    """The minibatch with its global denominators; no collective, since every process holds all of it."""
+    minibatch = batch.select(rows)
+    denominators = {name: w.count.sum().clamp(min=1e-8) for name, w in minibatch.weightings.items()}
+    minibatch = replace(minibatch, denominators=denominators)
+    if whiten_advantages:
+        counts = minibatch.mask & (minibatch.weightings["policy"].weight != 0)
+        minibatch = replace(minibatch, advantages=whiten(minibatch.advantages, counts))
+    return minibatch
+
+
+def _accumulate_gradients(
+    policy: Module,
+    algorithm: Algorithm,
+    minibatch: TrainingBatch,
+    microbatch_tokens: int,
+    distributed: Distributed,
+    sums: MetricSums,
+) -> Tensor:
+    """Add up this process's part of the minibatch's gradient; returns its part of the mean KL(old || policy)."""
+    kl = minibatch.old_logprobs.new_zeros(())
+    microbatches = split_minibatch(minibatch, microbatch_tokens, distributed.rank, distributed.world_size)
+    for number, microbatch in enumerate(microbatches):
+        with distributed.accumulate(policy, last=number == len(microbatches) - 1):
+            outputs: PolicyOutputs = policy(
+                microbatch.inputs,
+                microbatch.actions,
+                with_values="values" in algorithm.needs,
+                with_entropy="entropy" in algorithm.needs,
+            )
+            loss, metrics = algorithm.loss(outputs, microbatch)
+            distributed.backward(loss)
+        sums.add(metrics)
+        kl = kl + metrics["policy_kl"][0] / minibatch.mask.sum()
+    return kl
+
+
+def split_minibatch(minibatch: TrainingBatch, microbatch_tokens: int, rank: int, world_size: int) -> list[TrainingBatch]:
+    """This process's microbatches: its share of the rows, of similar length together, cut to their longest row.
+
+    All processes get the same number, because sharded models exchange weights in every forward; one that has run out of
+    rows computes a row of weight 0.
+    """
+    if world_size == 1 and minibatch.actions.shape[1] == 1 and minibatch.rows <= microbatch_tokens:
+        return [minibatch]  # control tasks: nothing to sort, nothing to cut
+    tokens = minibatch.row_tokens.tolist()
+    shares = [_fill(tokens, range(r, minibatch.rows, world_size), microbatch_tokens) for r in range(world_size)]
+    count = max(len(share) for share in shares)
+    microbatches = []
+    for rows in shares[rank] + [[]] * (count - len(shares[rank])):
+        selected = minibatch.select(torch.tensor(rows or [0], device=minibatch.mask.device))
+        used = selected.mask.any(0).nonzero()
+        selected = selected.select(slice(None), time=int(used.max()) + 1 if len(used) else 1)
+        microbatches.append(selected if rows else _weightless(selected))
+    return microbatches
+
+
+def _fill(tokens: list[int], rows: range, limit: int) -> list[list[int]]:
+    """Rows sorted by length, in groups whose padded size (rows x longest) keeps to `limit`; a longer row stands alone."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: -tokens[row]):
+        if groups and (len(groups[-1]) + 1) * tokens[groups[-1][0]] <= limit:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _weightless(batch: TrainingBatch) -> TrainingBatch:
+    return replace(batch, weightings={name: Weighting(w.weight * 0, w.count * 0) for name, w in batch.weightings.items()})
