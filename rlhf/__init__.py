@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "PPOTrainer": "rlhf.trainer",
-    "TrainerConfig": "rlhf.trainer",
+    "PPOTrainerConfig": "rlhf.trainer",
+    "Trainer": "rlhf.trainer",
+    "Callback": "rlhf.trainer",
     "PPO": "rlhf.algorithms.ppo",
     "PPOConfig": "rlhf.algorithms.ppo",
     "UpdateConfig": "rlhf.update",
     "GenerationConfig": "rlhf.generation",
-    "RewardModel": "rlhf.rewards",
+    "RewardModel": "rlhf.reward_model",
     "InputError": "rlhf.errors",
     "TrainingError": "rlhf.errors",
 }

@@ -93,7 +93,12 @@ def _generate_batch(
     cache = DynamicCache(config=lm.config)
     positions = (attention.cumsum(-1) - 1).clamp(min=0)  # absolute positions must not count the padding
     outputs = lm(
-        input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        input_ids=ids,
+        attention_mask=attention,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
     )
     cache.batch_repeat_interleave(num_completions)
     logits = outputs.logits[:, -1].repeat_interleave(num_completions, 0)
@@ -102,7 +107,9 @@ def _generate_batch(
     copies = torch.arange(num_completions, device=device).repeat(len(prompts))
     eos = torch.tensor(list(eos_ids), device=device)
     tokens = torch.zeros(rows, config.max_new_tokens, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(rows, config.max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device)
+    logprobs = torch.zeros(
+        rows, config.max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device
+    )
     lengths = torch.zeros(rows, dtype=torch.int64, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     alive = torch.arange(rows, device=device)
@@ -159,5 +166,7 @@ def end_tokens(lm: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
     ids = set(configured) if isinstance(configured, list) else {configured}
     ids = {i for i in ids | {tokenizer_eos} if i is not None}
     if not ids:
-        raise InputError("tokenizer: it has no end-of-sequence token, so completions could never end. Set tokenizer.eos_token.")
+        raise InputError(
+            "tokenizer: it has no end-of-sequence token, so completions could never end. Set tokenizer.eos_token."
+        )
     return sorted(ids)

@@ -16,7 +16,13 @@ LOGITS_AT_ONCE = 2**25
 """Numbers in one chunk of logits (128 MB in float32); longer batches are scored chunk by chunk."""
 
 # Settings of model families whose logits are more than output_embeddings(hidden): these are scored by the LM's own forward.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+_LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier",
+    "lm_head_multiplier",
+)
 
 
 class Policy(nn.Module):
@@ -130,9 +136,13 @@ def load_causal_lm(path: str, *, setting: str = "policy") -> PreTrainedModel:
 
 def _load(loader: Any, path: str, setting: str, **options: Any) -> Any:
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
-        raise InputError(f"{setting}: there is no directory {path!r}. Give a directory saved by save_pretrained or a hub name.")
+        raise InputError(
+            f"{setting}: there is no directory {path!r}. Give a directory saved by save_pretrained or a hub name."
+        )
     try:
-        return loader.from_pretrained(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **options)
+        return loader.from_pretrained(
+            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **options
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

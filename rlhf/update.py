@@ -61,10 +61,13 @@ def update(
     """
     sums = MetricSums()
     optimizer_steps, stopped = 0, False
-    for epoch in range(config.num_epochs):
-        order = permutation(batch.rows, seed, MINIBATCH, step, epoch).to(batch.actions.device)
+    whole = None
+    if config.minibatch_size >= batch.rows:  # every minibatch is the whole batch: made once, in no particular order
+        whole = _minibatch(batch, algorithm.whiten_minibatch)
+    orders = permutation(batch.rows, seed, MINIBATCH, step, torch.arange(config.num_epochs)).to(batch.actions.device)
+    for epoch, order in enumerate(orders):
         for rows in order.split(config.minibatch_size):
-            minibatch = _minibatch(batch, rows, algorithm.whiten_minibatch)
+            minibatch = whole or _minibatch(batch.select(rows), algorithm.whiten_minibatch)
             optimizer.zero_grad(set_to_none=True)
             kl = _accumulate_gradients(policy, algorithm, minibatch, config.microbatch_tokens, distributed, sums)
             if config.target_kl is not None and distributed.all_sum(kl) > 1.5 * config.target_kl:
@@ -85,9 +88,8 @@ def update(
     return {**batch.metrics, **sums.reduce(distributed.all_sum), "optimizer_steps": float(optimizer_steps)}
 
 
-def _minibatch(batch: TrainingBatch, rows: Tensor, whiten_advantages: bool) -> TrainingBatch:
+def _minibatch(minibatch: TrainingBatch, whiten_advantages: bool) -> TrainingBatch:
     """The minibatch with its global denominators; no collective, since every process holds all of it."""
-    minibatch = batch.select(rows)
     denominators = {name: w.count.sum().clamp(min=1e-8) for name, w in minibatch.weightings.items()}
     minibatch = replace(minibatch, denominators=denominators)
     if whiten_advantages:
@@ -122,7 +124,9 @@ def _accumulate_gradients(
     return kl
 
 
-def split_minibatch(minibatch: TrainingBatch, microbatch_tokens: int, rank: int, world_size: int) -> list[TrainingBatch]:
+def split_minibatch(
+    minibatch: TrainingBatch, microbatch_tokens: int, rank: int, world_size: int
+) -> list[TrainingBatch]:
     """This process's microbatches: its share of the rows, of similar length together, cut to their longest row.
 
     All processes get the same number, because sharded models exchange weights in every forward; one that has run out of
@@ -154,4 +158,6 @@ def _fill(tokens: list[int], rows: range, limit: int) -> list[list[int]]:
 
 
 def _weightless(batch: TrainingBatch) -> TrainingBatch:
-    return replace(batch, weightings={name: Weighting(w.weight * 0, w.count * 0) for name, w in batch.weightings.items()})
+    return replace(
+        batch, weightings={name: Weighting(w.weight * 0, w.count * 0) for name, w in batch.weightings.items()}
+    )

@@ -57,7 +57,9 @@ class PPOConfig:
             _require(name, getattr(self, name), lambda value: 0 <= value < float("inf"), "0 or more")
         _require("dual_clip", self.dual_clip, lambda value: value is None or value > 1, "above 1, or null for none")
         if self.kl_target is not None and self.kl_coef == 0:
-            raise InputError("kl_target adapts kl_coef, which can never leave 0: set kl_coef above 0, or kl_target to null.")
+            raise InputError(
+                "kl_target adapts kl_coef, which can never leave 0: set kl_coef above 0, or kl_target to null."
+            )
 
 
 def _require(name: str, value: float | None, holds, wanted: str) -> None:  # type: ignore[no-untyped-def]
@@ -141,7 +143,8 @@ class PPO:
         if outputs.entropy is not None:
             terms["entropy"] = outputs.entropy
         parts = {
-            name: weighted_sum(term, batch.weightings[name].weight, batch.denominators[name]) for name, term in terms.items()
+            name: weighted_sum(term, batch.weightings[name].weight, batch.denominators[name])
+            for name, term in terms.items()
         }
         total = torch.stack([coefficients[name] * part for name, part in parts.items()]).sum()
         return total, self._metrics(outputs, batch, parts, bounds)
@@ -192,6 +195,3 @@ def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor, all_sum: 
 
     spread = variance(returns)
     return 1.0 - variance(residual) / spread if spread > 0 else 0.0
-
-
-

@@ -23,7 +23,8 @@ def gae(
     Two masks: `terminated` (the state after t has no future) cuts the bootstrap, `episode_ends` (terminated, truncated or
     both: what follows in the row is another episode) cuts the recursion. `next_values` is the value of the state that truly
     follows t: of the final observation at a time limit, of the next *valid* token across tokens that are masked out.
-    Elements where `mask` is False (padding, tool tokens, ghost rows) get 0, and the recursion passes over them.
+    Elements where `mask` is False (padding, tool tokens, ghost rows) get 0, and the recursion passes over them, within an
+    episode: a masked element that ends one still cuts it.
     """
     keep = gamma * gae_lambda * (~episode_ends).to(values.dtype)
     bootstrap = torch.where(terminated, 0.0, gamma * next_values)
@@ -32,7 +33,7 @@ def gae(
     following = torch.zeros_like(values[:, 0])
     for t in range(values.shape[1] - 1, -1, -1):
         advantage = deltas[:, t] + keep[:, t] * following
-        following = torch.where(mask[:, t], advantage, following)
+        following = torch.where(mask[:, t], advantage, torch.where(episode_ends[:, t], 0.0, following))
         advantages[:, t] = advantage
     advantages = torch.where(mask, advantages, 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)

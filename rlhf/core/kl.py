@@ -34,7 +34,9 @@ def kl_estimate(sampler_logprobs: Tensor, other_logprobs: Tensor, estimator: KLE
     raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2 or k3")
 
 
-def sequence_kl_estimate(sampler_logprobs: Tensor, other_logprobs: Tensor, mask: Tensor, estimator: KLEstimator) -> Tensor:
+def sequence_kl_estimate(
+    sampler_logprobs: Tensor, other_logprobs: Tensor, mask: Tensor, estimator: KLEstimator
+) -> Tensor:
     """The estimator of the *summed* log-ratio of each row: (rows, time) -> (rows,).
 
     Only this (k2 as a loss, k1 as a reward with return-to-go) has the gradient of the sequence's KL: summing per-token

@@ -23,7 +23,9 @@ def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     return high, low
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox 4x32: four words below 2**32 in int64 tensors of one shape, from a counter and a key."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -50,6 +52,10 @@ def uniform(seed: int, stream: int, *counters: int | Tensor) -> Tensor:
     return ((first >> 5).double() * 2.0**26 + (second >> 6).double()) / 2.0**53
 
 
-def permutation(size: int, seed: int, stream: int, *counters: int) -> Tensor:
-    """A permutation of 0 .. size - 1, (size,) int64 on the CPU, keyed by up to three integers such as (step, epoch)."""
-    return uniform(seed, stream, torch.arange(size), *counters).argsort(stable=True)
+def permutation(size: int, seed: int, stream: int, *counters: int | Tensor) -> Tensor:
+    """A permutation of 0 .. size - 1, (size,) int64 on the CPU, keyed by up to three integers such as (step, epoch).
+
+    A counter of shape (n,) gives n permutations at once, (n, size): each the one its element alone would give.
+    """
+    keys = [counter.unsqueeze(-1) if isinstance(counter, Tensor) else counter for counter in counters]
+    return uniform(seed, stream, torch.arange(size), *keys).argsort(dim=-1, stable=True)

@@ -1,0 +1,232 @@
+"""What a run measures: one table of names, sums reduced once per step, and the files they end in.
+
+OUTPUT_DIR/metrics.jsonl    one JSON object per line, sorted keys, no times: two equal runs give equal bytes
+          /times.jsonl      the wall-clock seconds of the same steps
+"""
+
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.errors import InputError, TrainingError
+from rlhf.types import Metrics
+
+METRICS_FILE, TIMES_FILE = "metrics.jsonl", "times.jsonl"
+
+
+class Metric(NamedTuple):
+    description: str
+    unit: str
+    worry: str = ""
+    """What reading is a warning sign; empty where none is known."""
+
+
+_ROWS: dict[str, tuple[str, ...]] = {
+    "score": ("mean score of the completions, all reward functions weighted", "score", "rises while samples get worse"),
+    "score_std": ("standard deviation of the step's scores", "score", "0: nothing to learn from"),
+    "rewards/<function>/mean": ("mean score given by one reward function", "score"),
+    "rewards/<function>/std": ("standard deviation of one reward function's scores", "score", "0: tells nothing apart"),
+    "rewards/<function>/abstained": ("share of completions on which one reward function returned None", "share"),
+    "rewards/unscored": ("share of completions that no reward function scored", "share", "above 0"),
+    "custom/<name>": ("a number that the user's reward function logged", ""),
+    "eval/<metric>": ("the metric of that name on held-out prompts or episodes", ""),
+    "reward_kl": ("KL(policy || reference), k1 on sampled tokens", "nats per completion", "above 20; below 0 for long"),
+    "kl_coef": ("coefficient of the KL penalty in this step", "score per nat", "runs away: kl_target is out of reach"),
+    "policy_loss": ("policy loss, minimised; near 0 by design if advantages are whitened", "1"),
+    "value_loss": ("value loss, before value_coef", "score squared", "jumps by orders of magnitude"),
+    "entropy": ("mean entropy of the policy's distribution", "nats per token", "falls to 0 early, or keeps rising"),
+    "policy_kl": ("KL(old || policy) of the update, k3 estimator", "nats per token", "above 0.05: too large a step"),
+    "policy_kl_k1": ("KL(old || policy) of the update, k1 estimator; may be negative", "nats per token"),
+    "clip_fraction": ("share of tokens whose gradient the clip removed", "share", "above 0.3, or 0 for long"),
+    "clip_fraction_low": ("share of tokens clipped at the lower bound (advantage < 0)", "share", "above 0.3"),
+    "clip_fraction_high": ("share of tokens clipped at the upper bound (advantage > 0)", "share", "above 0.3"),
+    "ratio_outside_fraction": ("share of tokens whose ratio left the clip range, clipped or not", "share", "above 0.3"),
+    "explained_variance": ("1 - Var(returns - values) / Var(returns)", "1", "below 0 after the first steps"),
+    "value_mean": ("mean predicted value", "score", "far from the mean return"),
+    "return_mean": ("mean return that the values are trained towards", "score"),
+    "advantage_mean": ("mean advantage before whitening", "score", "far from 0: the values lag behind"),
+    "advantage_std": ("standard deviation of the advantages before whitening", "score", "0: nothing to learn from"),
+    "grad_norm": ("global gradient norm before clipping", "1", "spikes, or always above max_grad_norm"),
+    "learning_rate": ("learning rate of this step", "1"),
+    "optimizer_steps": (
+        "optimizer steps made in this step",
+        "steps",
+        "fewer than planned: target_kl stopped it",
+    ),
+    "updates_done": ("training steps (rollout and update) done so far", "steps"),
+    "environment_steps": ("environment steps done so far, over all environments", "steps"),
+    "prompts_seen": ("prompts drawn from the data set so far", "prompts"),
+    "completion_length": ("mean completion length, EOS included", "tokens", "drifts while the score stands still"),
+    "completion_length_min": ("shortest completion of the step", "tokens", "1: empty answers"),
+    "completion_length_max": ("longest completion of the step", "tokens"),
+    "truncated_fraction": ("share of completions cut by the length limit", "share", "above 0.3"),
+    "sampler_gap": ("largest |sampling - training log-prob| of the step's tokens", "nats", "above 1e-4 in float32"),
+    "sampler_kl": ("KL(sampler || old policy), k1 on sampled tokens", "nats per token", "above 0.01"),
+    "episode_return": ("mean undiscounted return of the last 100 finished episodes", "reward"),
+    "episode_length": ("mean length of the last 100 finished episodes", "steps"),
+    "gold_score": ("mean score by the hidden gold scorer (embedded data only)", "score", "falls while score rises"),
+    "win_rate": ("share of prompts where the policy's completion beats the SFT model's", "share", "below 0.5"),
+}
+TABLE = {name: Metric(*row) for name, row in _ROWS.items()}
+"""Every metric that a run may log, defined once. `<...>` in a name stands for any text without a slash."""
+_PATTERNS = [re.compile(re.sub("<[a-z]+>", "[^/]+", name)) for name in TABLE]
+
+
+def unknown_names(names: Iterable[str]) -> list[str]:
+    """The names that `TABLE` does not define."""
+    return [name for name in names if not any(p.fullmatch(name.removeprefix("eval/")) for p in _PATTERNS)]
+
+
+class MetricSums:
+    """Adds up (sum, count) pairs on the device, without synchronising, and divides after one collective."""
+
+    def __init__(self) -> None:
+        self._added: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        """metrics: name -> (sum, count), scalars. They are added up in `reduce`: here a microbatch costs no operation."""
+        for name, (total, count) in metrics.items():
+            totals, counts = self._added.setdefault(name, ([], []))
+            totals.append(total.detach())
+            counts.append(count.detach())
+
+    def reduce(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """name -> sum / count over all processes; a name whose global count is 0 is left out (it has no mean).
+
+        Exactly one `all_sum` (none if nothing was added). Every process must have added the same names.
+        """
+        names = sorted(self._added)
+        if not names:
+            return {}
+        fingerprint = float(zlib.crc32("\n".join(names).encode()) >> 12)  # 20 bits: its sums are exact
+        sums = [_wide(torch.stack(values)).sum() for name in names for values in self._added[name]]
+        head = sums[0].new_tensor([1.0, fingerprint])
+        processes, fingerprints, *flat = all_sum(torch.cat([head, torch.stack(sums)])).tolist()
+        assert fingerprints == fingerprint * processes, f"processes reduce different metrics; this one has {names}"
+        pairs = zip(names, flat[::2], flat[1::2], strict=True)
+        return {name: total / count for name, total, count in pairs if count != 0}
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float64, so that microbatch sizes hardly show; MPS has none."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and times.jsonl of one run. One process of a run makes one."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._files = {name: open(self.directory / name, "ab") for name in (METRICS_FILE, TIMES_FILE)}  # noqa: SIM115
+
+    def write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float] | None = None) -> None:
+        """One line per file. Numbers keep all their digits; a NaN or infinity becomes null, since JSON has none."""
+        for name, values in ((METRICS_FILE, metrics), (TIMES_FILE, times)):
+            if values is None:
+                continue
+            record: dict[str, float | int | None] = {key: _number(value) for key, value in values.items()}
+            try:
+                self._files[name].write(json.dumps({**record, "step": step}, sort_keys=True).encode() + b"\n")
+                self._files[name].flush()
+            except OSError as error:
+                raise TrainingError(f"{self.directory / name} cannot be written at step {step}: {error}") from error
+
+    def sync(self) -> None:
+        """Put what was written on the disk: call it before the checkpoint of the step is written."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def truncate_to(self, step: int) -> None:
+        """Cut every line later than `step` (-1: all), so that a resumed run writes them again, byte for byte.
+
+        A torn last line (killed while writing) is cut too. Raises InputError, touching nothing, if a line that must
+        stay cannot be read.
+        """
+        ends = {name: _end_of_step(self.directory / name, step) for name in self._files}
+        for name, end in ends.items():
+            self._files[name].truncate(end)
+        self.sync()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _number(value: float) -> float | int | None:
+    if isinstance(value, int):
+        return value
+    value = float(value)  # also numpy scalars and 0-d tensors
+    return value if math.isfinite(value) else None
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole, readable line; None otherwise."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _end_of_step(path: Path, last_step: int) -> int:
+    """Bytes of the leading lines whose step is at most `last_step`."""
+    steps_and_sizes = [(_step_of(line), len(line)) for line in path.read_bytes().splitlines(keepends=True)]
+    end, count = 0, 0
+    for step, size in steps_and_sizes:
+        if step is None or step > last_step:
+            break
+        end, count = end + size, count + 1
+    if any(step is not None and step <= last_step for step, _ in steps_and_sizes[count:]):
+        raise InputError(
+            f"{path}: line {count + 1} is damaged or out of order, and later lines of steps up to {last_step} would be "
+            "lost. Repair or delete that line, then resume."
+        )
+    return end
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file (or of the run directory that holds one); a torn last line is left out."""
+    path = Path(path)
+    path = path / METRICS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give a run's output directory or its {METRICS_FILE}.")
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if _step_of(line) is None and number < len(lines):
+            raise InputError(f"{path}: line {number} is not a metrics line: {line[:60]!r}. Repair or delete it.")
+    return [json.loads(line) for line in lines if _step_of(line) is not None]
+
+
+def plot_curves(path: str | Path, png: str | Path, names: Sequence[str]) -> None:
+    """Draw the metrics `names` of a run over its steps, one panel each, into the file `png`."""
+    lines = read_metrics(path)
+    missing = [name for name in names if all(line.get(name) is None for line in lines)]
+    if missing or not names:
+        known = sorted({key for line in lines for key in line} - {"step"})
+        raise InputError(f"{path} has no values of {missing or 'an empty list of names'}; it has {known}.")
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no display and no global state needed
+    except ImportError as error:
+        raise InputError("Curves need matplotlib: pip install rlhf-toolkit[plots]") from error
+    columns = min(len(names), 3)
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for name, panel in zip(names, panels, strict=False):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        panel.plot(*zip(*points, strict=True), linewidth=1.4, marker="o" if len(points) < 30 else None, markersize=3)
+        unit = TABLE[name].unit if name in TABLE else ""
+        panel.set(title=name, xlabel="step", ylabel=unit if unit not in ("", "1") else "value")
+        panel.grid(alpha=0.3)
+    for panel in list(figure.axes)[len(names) :]:
+        panel.set_visible(False)
+    figure.savefig(str(png), dpi=120)

@@ -1,0 +1,286 @@
+"""Scores for completions: reward functions as users write them, several of them with weights, every answer checked.
+
+A reward function is called with keywords and returns one number, or None for "not applicable", per completion:
+
+    def shorter(completions, **columns):                      # sync or async; a callable object will do too
+        return [-len(text) / 100 for text in completions]
+
+Keywords: `prompts`, `completions`, `completion_ids`, every other column of the data set (one value per completion),
+`trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`. A function without `**kwargs` is given those
+it names. `completions` are strings, or `[{"role": "assistant", "content": text}]` where prompts are conversations.
+"""
+
+import asyncio
+import inspect
+import math
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from rlhf.errors import InputError
+from rlhf.reward_functions import SCORE_LIMIT, as_float, check_scores, load_reward_function, name_of, signature_of
+from rlhf.reward_model import RewardModel
+from rlhf.tokenization import Text, excerpt
+
+__all__ = [
+    "SCORE_LIMIT",
+    "RewardModel",
+    "RewardResult",
+    "Rewards",
+    "check_scores",
+    "completion_texts",
+    "load_reward_function",
+]
+
+STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+SEARCH_S = 5.0
+"""How long a failed function may be called again, row by row, to find the row it fails on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardResult:
+    """What all functions said about one batch of completions."""
+
+    scores: list[float]
+    """Weighted sum over the functions that did not abstain; NaN where all did (only with `allow_unscored`)."""
+    per_function: dict[str, list[float | None]]
+    totals: dict[str, tuple[float, float]]
+    """name -> (sum, count): add both over processes, then divide; the mean then does not depend on the processes."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns from `log_extra`, for tables of completions."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """This batch's mean of each of `totals`; names without a value are left out."""
+        return {name: total / count for name, (total, count) in self.totals.items() if count}
+
+
+class Rewards:
+    """One or several reward functions as one. `Rewards([length, RewardModel.load(path)], weights=[0.1, 1.0])`."""
+
+    def __init__(
+        self,
+        functions: Callable[..., Any] | Sequence[Callable[..., Any]],
+        *,
+        weights: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.functions = [functions] if callable(functions) else list(functions)
+        self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
+        self.names = _unique(map(name_of, self.functions)) if names is None else list(names)
+        if not self.functions:
+            raise InputError("rewards: there is no reward. Give at least one reward function or reward model.")
+        for function in self.functions:
+            if not callable(function):
+                raise InputError(f"rewards: {excerpt(function)} cannot be called. Give a function or a RewardModel.")
+        if len(self.weights) != len(self.functions) or not all(map(math.isfinite, self.weights)):
+            raise InputError(
+                f"reward_weights={self.weights}: give one finite number for each of {len(self.names)} rewards."
+            )
+        if len(set(self.names)) != len(self.functions):
+            raise InputError(f"reward names={self.names}: give {len(self.functions)} different names.")
+        self._signatures = [signature_of(function) for function in self.functions]
+        self._loop = _EventLoop()
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """InputError, before anything is generated, if a function needs a column that the data set does not have."""
+        columns = list(columns)
+        for reserved in (*STANDARD, "prompt_ids"):
+            if reserved in columns:
+                raise InputError(
+                    f"The data set has a column {reserved!r}, a name reward functions get from us. Rename it."
+                )
+        for name, signature in zip(self.names, self._signatures, strict=True):
+            missing = [p for p in signature.required if p not in (*columns, *STANDARD, "prompt_ids")]
+            if missing:
+                close = get_close_matches(missing[0], [*columns, *STANDARD], n=1)
+                hint = f"Did you mean {close[0]!r}? " if close else ""
+                raise InputError(
+                    f"Reward function {name!r} needs {', '.join(map(repr, missing))}, but the data set has the columns "
+                    f"{', '.join(columns) or 'none'} besides the prompt. {hint}Rename the parameter or the column, or "
+                    "give the parameter a default."
+                )
+
+    def __call__(
+        self,
+        *,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+        trainer_state: Any = None,
+        allow_unscored: bool = False,
+    ) -> RewardResult:
+        """Scores one batch; all sequences, also those in `columns`, have one entry per completion.
+
+        Async functions run at the same time as each other and as the sync ones. InputError names function, row (of
+        this batch, from 0) and value when a function fails or returns nonsense. A row on which every function abstains
+        is an error, or NaN with `allow_unscored`, which is then an error only if it happens to the whole batch.
+        """
+        log = _Log(len(completions))
+        self.check_columns(columns or {})
+        inputs = {name: list(values) for name, values in (columns or {}).items()}
+        inputs |= {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
+        tools = {"trainer_state": trainer_state, "log_extra": log.extra, "log_metric": log.metric}
+        if prompt_ids is not None:
+            inputs["prompt_ids"] = list(prompt_ids)
+        answers = self._call_all(inputs, tools)
+        per_function = {
+            name: check_scores(answer, len(completions), name, prompts)
+            for name, answer in zip(self.names, answers, strict=True)
+        }
+        scores = [self._weighted(row) for row in zip(*per_function.values(), strict=True)]
+        unscored = [i for i, score in enumerate(scores) if math.isnan(score)]
+        if unscored and (not allow_unscored or len(unscored) == len(scores)):
+            raise InputError(
+                f"{len(unscored)} of {len(scores)} completions have no score: every reward function returned None for "
+                f"row {unscored[0]} (prompt {excerpt(prompts[unscored[0]])}). Let one of them return a number."
+            )
+        return RewardResult(
+            scores=scores,
+            per_function=per_function,
+            totals=_totals(per_function) | log.metrics | {"rewards/unscored": (len(unscored), len(scores))},
+            extra=log.columns,
+        )
+
+    def _weighted(self, row: Sequence[float | None]) -> float:
+        said = [weight * score for weight, score in zip(self.weights, row, strict=True) if score is not None]
+        return sum(said) if said else math.nan
+
+    def _call_all(self, inputs: dict[str, list[Any]], tools: dict[str, Any]) -> list[Any]:
+        """Every function's raw answer, in order. Async ones start first, so that they wait while others compute."""
+        answers: list[Any] = [None] * len(self.functions)
+        waiting: dict[int, Any] = {}
+        order = sorted(range(len(self.functions)), key=lambda i: not self._signatures[i].is_async)
+        try:
+            for i in order:
+                try:
+                    answers[i] = self._call(i, inputs, tools)
+                    if inspect.isawaitable(answers[i]):
+                        waiting[i] = self._loop.start(answers[i])
+                except Exception as error:
+                    raise self._failure(i, error, inputs, tools) from error
+            for i, future in waiting.items():
+                try:
+                    answers[i] = future.result()
+                except Exception as error:
+                    raise self._failure(i, error, inputs, tools) from error
+        finally:
+            for future in waiting.values():
+                future.cancel()
+        return answers
+
+    def _call(self, i: int, inputs: dict[str, list[Any]], tools: dict[str, Any]) -> Any:
+        return self.functions[i](**self._signatures[i].select({**inputs, **tools}))
+
+    def _failure(self, i: int, error: Exception, inputs: dict[str, list[Any]], tools: dict[str, Any]) -> InputError:
+        """Names function, row and line of the user's code. A RewardModel's own InputError is passed on as it is."""
+        if isinstance(error, InputError):
+            return error
+        row = self._failing_row(i, type(error), inputs, tools)
+        where = "only on the whole batch, which begins with" if row is None else f"on row {row},"
+        return InputError(
+            f"Reward function {self.names[i]!r} raised {type(error).__name__}: {error} "
+            f"(at {_place(error, self.functions[i])}). It fails {where} "
+            f"prompt {excerpt(inputs['prompts'][row or 0])}, completion {excerpt(inputs['completions'][row or 0])}. "
+            "Repair it, or return None for rows it cannot judge."
+        )
+
+    def _failing_row(
+        self, i: int, kind: type[Exception], inputs: dict[str, list[Any]], tools: dict[str, Any]
+    ) -> int | None:
+        """The first row on which the function, given that row alone, raises the same; None if none is found in time."""
+        ignore = {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}
+        give_up = time.monotonic() + SEARCH_S
+        for row in range(len(inputs["prompts"])):
+            if time.monotonic() > give_up:
+                return None
+            try:
+                answer = self._call(i, {name: [values[row]] for name, values in inputs.items()}, tools | ignore)
+                if inspect.isawaitable(answer):
+                    self._loop.start(answer).result(timeout=SEARCH_S)
+            except kind:
+                return row
+            except Exception:
+                continue
+        return None
+
+
+def completion_texts(prompts: Sequence[Text], completion_ids: Sequence[Sequence[int]], tokenizer: Any) -> list[Text]:
+    """Completions as reward functions see them: decoded without special tokens; an assistant turn for conversations."""
+    texts = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completion_ids]
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def _totals(per_function: Mapping[str, Sequence[float | None]]) -> dict[str, tuple[float, float]]:
+    totals = {}
+    for name, scores in per_function.items():
+        said = [score for score in scores if score is not None]
+        totals[f"rewards/{name}/mean"] = (math.fsum(said), float(len(said)))
+        totals[f"rewards/{name}/abstained"] = (float(len(scores) - len(said)), float(len(scores)))
+    return totals
+
+
+class _Log:
+    """What functions report through `log_extra` and `log_metric` during one batch."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.columns: dict[str, list[Any]] = {}
+        self.metrics: dict[str, tuple[float, float]] = {}
+
+    def extra(self, column: str, values: Sequence[Any]) -> None:
+        if len(values) != self.num_rows:
+            raise InputError(
+                f"log_extra({column!r}) got {len(values)} values. Give one for each of {self.num_rows} rows."
+            )
+        self.columns[column] = list(values)
+
+    def metric(self, name: str, value: float) -> None:
+        number = as_float(value)
+        if number is None or not math.isfinite(number):
+            raise InputError(f"log_metric({name!r}) got {excerpt(value)}. Give a finite number.")
+        total, count = self.metrics.get(name, (0.0, 0.0))
+        self.metrics[name] = (total + number, count + 1)
+
+
+def _place(error: Exception, function: Callable[..., Any]) -> str:
+    """file:line of the function's own code rather than of a library that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    code = getattr(function, "__code__", None)
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    return f"{(own or frames)[-1].filename}:{(own or frames)[-1].lineno}"
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    taken: list[str] = []
+    for name in names:
+        number = next(n for n in range(1, len(taken) + 2) if (name if n == 1 else f"{name}_{n}") not in taken)
+        taken.append(name if number == 1 else f"{name}_{number}")
+    return taken
+
+
+class _EventLoop:
+    """An asyncio loop in a thread of its own, started on first use and kept: clients that an async reward opens stay
+    usable from step to step, and a loop that already runs here (a notebook) does not matter."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, awaitable: Awaitable[Any]) -> Any:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
+
+        async def wait() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(wait(), self._loop)
