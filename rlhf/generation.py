@@ -144,7 +144,7 @@ def _generate_batch(
 
 
 def left_pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), (rows, longest) int64 each: every prompt ends in the last column. The pad's id is never seen."""
+    """(ids, attention mask), (rows, longest) int64 each: every prompt ends in the last column."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -163,8 +163,8 @@ def invert_cdf(logits: Tensor, draw: Tensor, *, temperature: float = 1.0) -> Ten
 def end_tokens(lm: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
     """The token ids that end a completion: the tokenizer's and those of the model's generation settings."""
     configured = getattr(lm.generation_config, "eos_token_id", None) if lm.generation_config is not None else None
-    ids = set(configured) if isinstance(configured, list) else {configured}
-    ids = {i for i in ids | {tokenizer_eos} if i is not None}
+    candidates = [*(configured if isinstance(configured, list) else [configured]), tokenizer_eos]
+    ids = {i for i in candidates if i is not None}
     if not ids:
         raise InputError(
             "tokenizer: it has no end-of-sequence token, so completions could never end. Set tokenizer.eos_token."

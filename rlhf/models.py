@@ -152,7 +152,7 @@ def _load(loader: Any, path: str, setting: str, **options: Any) -> Any:
 
 def check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Every token the tokenizer can produce must have an embedding."""
-    size = lm.get_input_embeddings().weight.shape[0]
+    size = int(lm.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if len(tokenizer) > size:
         raise InputError(
             f"tokenizer: it has {len(tokenizer)} tokens, but the policy embeds only {size}. Use the policy's own "

@@ -44,7 +44,7 @@ MUST_MATCH = {"seed", "prompts_per_step", "dataset", "reference", "algorithm", "
 """What a resumed run may not change: the prompts, the draws or the objective would be others from there on."""
 
 MAX_SAMPLER_GAP = 0.1
-"""Nats between sampling and training log-probs of one token beyond which the model's two forwards are not the same policy."""
+"""Nats between sampling and training log-probs of one token beyond which they are not the same policy."""
 
 
 class Callback:
@@ -371,7 +371,7 @@ class Trainer:
             f"{sum(p.numel() for p in self.policy.parameters()):,} parameters, output in {c.output_dir}",
             f"data: {len(data)} prompts ({data.dropped} dropped, {data.truncated} cut), "
             + (f"{len(self.eval_data)} for evaluation" if self.eval_data else "none for evaluation"),
-            f"batch: {c.prompts_per_step} prompts x {self.algorithm.completions_per_prompt} = {completions} completions per step; "
+            f"batch: {c.prompts_per_step} prompts x {self.algorithm.completions_per_prompt} = {completions} completions per step, "
             f"{c.update.num_epochs} epoch(s) x {completions // size} minibatch(es) of {size}",
             f"rewards: {', '.join(self.rewards.names)}",
             *self._notes,

@@ -17,7 +17,7 @@ and a control task with automatic resets one step late (NEXT_STEP; rows=1, time=
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,11 +60,14 @@ class Trajectories:
     """(rows,) int64: the number of updates the sampling policy had seen."""
 
 
-class Weighting(NamedTuple):
+@dataclass(frozen=True)
+class Weighting:
     """How one loss term is averaged: sum over the minibatch of weight * loss, divided by the global sum of count."""
 
-    weight: Tensor  # (rows, time)
-    count: Tensor  # (rows,)
+    weight: Tensor
+    """(rows, time)"""
+    count: Tensor
+    """(rows,)"""
 
 
 def token_mean(mask: Tensor, dtype: torch.dtype) -> Weighting:

@@ -1,4 +1,4 @@
-"""What an algorithm is: its settings, `prepare` (trajectories -> advantages) and `loss`. One file, one algorithm; torch only."""
+"""What an algorithm is: settings, `prepare` (trajectories -> advantages) and `loss`. One file each; torch only."""
 
 from typing import Protocol
 

@@ -68,7 +68,7 @@ def _require(name: str, value: float | None, holds, wanted: str) -> None:  # typ
 
 
 class PPO:
-    """Rewards -> advantages (KL penalty, GAE, whitening), and the loss: policy + value_coef * value - entropy_coef * entropy."""
+    """Rewards -> advantages (KL penalty, GAE, whitening) -> loss (policy + value_coef * value - entropy_coef * entropy)."""
 
     completions_per_prompt = 1
 
@@ -82,7 +82,7 @@ class PPO:
         return {"kl_coef": self.config.kl_coef}
 
     def prepare(self, trajectories: Trajectories, progress: float, state: State, all_sum: AllSum) -> TrainingBatch:
-        """Rewards with the KL penalty, (rows, time) -> advantages and returns. Adapts state["kl_coef"] for the next step."""
+        """Rewards with the KL penalty -> advantages and returns. Adapts state["kl_coef"] for the next step."""
         config, mask = self.config, trajectories.mask
         metrics = {}
         rewards = trajectories.rewards

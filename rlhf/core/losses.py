@@ -39,7 +39,7 @@ def clipped_surrogate(
 
 
 def unclipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """The surrogate without its clip, -r A: TRPO's objective (arXiv 1502.05477, eq. 14), and what the clip protects from."""
+    """The surrogate without its clip, -r A: TRPO's objective (arXiv 1502.05477), and what the clip protects from."""
     return -log_ratio(logprobs, old_logprobs, mask).exp() * advantages
 
 
@@ -59,5 +59,5 @@ def clipped_value_loss(
 
 
 def clipped_elements(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Where the clip stops the gradient: (below: A < 0 and r < 1 - clip_low, above: A > 0 and r > 1 + clip_high), boolean."""
+    """Where the clip stops the gradient: (A < 0 and r < 1 - clip_low, A > 0 and r > 1 + clip_high), boolean each."""
     return (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)

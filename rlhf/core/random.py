@@ -16,7 +16,7 @@ _LOW = 0xFFFFFFFF
 
 
 def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * constant, both below 2**32, without overflowing int64: the constant is split in halves."""
+    """High and low 32 bits of a * constant (both below 2**32); split in halves, so that int64 does not overflow."""
     with_low, with_high = a * (constant & 0xFFFF), a * (constant >> 16)
     high = (with_high + (with_low >> 16)) >> 16
     low = (with_low + ((with_high & 0xFFFF) << 16)) & _LOW
