@@ -120,9 +120,19 @@ def load_named_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short text that changes when the weights do (sums in float64), to notice another model on resume."""
-    total = sum(p.detach().double().sum().item() * (i + 1) for i, p in enumerate(module.parameters()))
-    return f"{total:.12e}"
+    """A short text that changes when a weight does, or two change places, to notice another model on resume.
+
+    The weights' bits, each times a number of its place, summed modulo 2**64: exact, so equal on every device.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for parameter in module.parameters():
+        bits = parameter.detach().flatten().view(integers[parameter.element_size()])
+        for start in range(0, len(bits), 2**24):
+            part = bits[start : start + 2**24].long()
+            place = torch.arange(start, start + len(part), device=part.device) + 1
+            total = (total * 31 + int((part * (place * 0x9E3779B97F4A7C1 + 1)).sum())) % 2**64
+    return f"{total:016x}"
 
 
 def load_tokenizer(path: str, *, setting: str = "tokenizer") -> PreTrainedTokenizerBase:

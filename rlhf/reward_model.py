@@ -41,10 +41,19 @@ class RewardModel:
             raise InputError(f"microbatch_tokens={microbatch_tokens}: give at least 1.")
         self.model = model.eval()
         self.name, self.microbatch_tokens = name, microbatch_tokens
-        self.policy_tokenizer = policy_tokenizer
-        same = reward_tokenizer is None or policy_tokenizer is None or _reads_alike(reward_tokenizer, policy_tokenizer)
-        self.encoder = None if same else Encoder(reward_tokenizer)
+        self.reward_tokenizer = reward_tokenizer
+        self.policy_tokenizer: Any = None
+        self.encoder: Encoder | None = None
         self._stock_index = _pads_with_eos(model, reward_tokenizer)
+        self.for_policy(policy_tokenizer)
+
+    def for_policy(self, tokenizer: Any) -> "RewardModel":
+        """Tells it whose ids it will be given, unless that is known already. A trainer calls this with its tokenizer."""
+        if self.policy_tokenizer is None and tokenizer is not None:
+            self.policy_tokenizer = tokenizer
+            if self.reward_tokenizer is not None and not _reads_alike(self.reward_tokenizer, tokenizer):
+                self.encoder = Encoder(self.reward_tokenizer)
+        return self
 
     @classmethod
     def load(

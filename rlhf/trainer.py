@@ -34,6 +34,7 @@ from rlhf.models import (
 )
 from rlhf.reporting import RunLog, say
 from rlhf.resume import check_resumable, load_optimizer_tensors, optimizer_tensors
+from rlhf.reward_model import RewardModel
 from rlhf.rewards import Rewards
 from rlhf.rollout import Collector, Rollout, sampler_metrics
 from rlhf.rows import load_rows
@@ -45,6 +46,9 @@ MUST_MATCH = {"seed", "prompts_per_step", "dataset", "reference", "algorithm", "
 
 MAX_SAMPLER_GAP = 0.1
 """Nats between sampling and training log-probs of one token beyond which they are not the same policy."""
+
+
+Reward = str | Callable[..., Any]
 
 
 class Callback:
@@ -59,8 +63,8 @@ class Callback:
 class Trainer:
     """Trains a causal LM against rewards with any `Algorithm`.
 
-    policy: a path or a transformers causal LM (trained in place). rewards: reward functions, `RewardModel`s, or a list of
-    them. dataset: a path, a `datasets.Dataset` or a list of rows, with a column "prompt" or "messages".
+    policy: a path or a transformers causal LM (trained in place). rewards: reward functions, `RewardModel`s, paths of
+    reward models, or a list of them. dataset: a path, a `datasets.Dataset` or a list of rows, with a column "prompt" or "messages".
     reference: the policy to stay close to; by default a frozen copy of `policy` as it is now.
     """
 
@@ -68,7 +72,7 @@ class Trainer:
         self,
         algorithm: Algorithm,
         policy: str | PreTrainedModel,
-        rewards: Callable | Sequence[Callable],
+        rewards: Reward | Sequence[Reward],
         dataset: str | Dataset | Sequence[Mapping[str, Any]],
         config: TrainerConfig,
         *,
@@ -88,7 +92,7 @@ class Trainer:
         self.data = self._prompts(dataset, "dataset")
         self.eval_data = None if eval_dataset is None else self._prompts(eval_dataset, "eval_dataset")
         self._check_batch_sizes()
-        self.rewards = Rewards(rewards, weights=config.reward_weights)
+        self.rewards = Rewards([self._reward(r) for r in _as_list(rewards)], weights=config.reward_weights)
         self.rewards.check_columns(self.data[0].columns)
 
         lm = load_causal_lm(policy) if isinstance(policy, str) else policy
@@ -212,10 +216,16 @@ class Trainer:
     # ---- starting, saving, telling ----
 
     def _tokenizer(self, tokenizer: Any, policy: str | PreTrainedModel) -> PreTrainedTokenizerBase:
-        if tokenizer is None and not isinstance(policy, str):
-            raise InputError("tokenizer: a policy given as a module needs its tokenizer too.")
-        source = policy if tokenizer is None else tokenizer
-        return load_tokenizer(source) if isinstance(source, str) else source
+        if tokenizer is None:
+            if not isinstance(policy, str):
+                raise InputError("tokenizer: a policy given as a module needs its tokenizer too.")
+            tokenizer = policy
+        return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+
+    def _reward(self, reward: Reward) -> Callable[..., Any]:
+        if not isinstance(reward, str):
+            return reward
+        return RewardModel.load(reward, self.distributed.device, policy_tokenizer=self.tokenizer)
 
     def _prompts(self, dataset: Any, setting: str) -> PromptDataset:
         if isinstance(dataset, str):
@@ -394,6 +404,10 @@ class Trainer:
                 f"forward of {type(self.policy.lm).__name__} with a cache and without are not the same policy. Nothing was "
                 "trained. Use another attention implementation or precision, or report the model."
             )
+
+
+def _as_list(rewards: Reward | Sequence[Reward]) -> list[Reward]:
+    return [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
 
 
 class PPOTrainer(Trainer):

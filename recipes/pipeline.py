@@ -1,0 +1,212 @@
+"""RLHF from nothing on embedded data: demonstrations -> SFT -> preferences -> reward model -> PPO -> evaluation.
+
+Each stage leaves a directory below output_dir; one that is finished is reused. The hidden gold scorer stands for the human:
+it drew the preferences and judges in the end, and nothing is trained on it.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import embedded
+import torch
+import transformers
+from reward_model import RewardModelConfig, train_reward_model
+from sft import SFTConfig, fine_tune
+from transformers import LlamaForCausalLM
+
+from rlhf.core.random import EVALUATION
+from rlhf.data import PromptDataset
+from rlhf.distributed import Distributed
+from rlhf.errors import InputError
+from rlhf.generation import Draws
+from rlhf.metrics import plot_curves
+from rlhf.models import Policy, load_causal_lm, load_tokenizer
+from rlhf.reporting import say
+from rlhf.reward_model import RewardModel
+from rlhf.rewards import Rewards
+from rlhf.rollout import Collector, Rollout
+from rlhf.rows import load_rows
+from rlhf.trainer import PPOTrainer
+
+if TYPE_CHECKING:
+    from ppo_rlhf import PPORecipe
+
+CURVES = ["score", "rewards/gold/mean", "reward_kl", "completion_length", "entropy", "value_loss"]
+NUM_SAMPLES = 3
+
+
+def gold(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """The hidden judge in the form of a reward function; logged with weight 0, never trained on."""
+    return [embedded.gold_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def run(config: "PPORecipe") -> dict[str, dict[str, float]]:
+    """All stages; the numbers of the table that is printed in the end."""
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving: every file is small here
+    datasets.disable_progress_bars()
+    distributed, root = Distributed(), Path(config.output_dir)
+    stages = Stages(root, config, distributed)
+    stages.run("data", "data", lambda folder: embedded.write_data(folder, config.seed), on_main=True)
+    stages.run("supervised fine-tuning", "sft", lambda folder: _train_sft(root, folder, config.seed))
+    stages.run("reward model", "reward_model", lambda folder: _train_reward_model(root, folder, config.seed))
+    stages.run("PPO", "ppo/policy", lambda _: _train_ppo(root, config))
+    return _evaluate(root, config, distributed)
+
+
+class Stages:
+    """Runs what is not there yet, and says which is which."""
+
+    def __init__(self, root: Path, config: "PPORecipe", distributed: Distributed) -> None:
+        self.root, self.distributed = root, distributed
+        mark = root / "pipeline.json"
+        if distributed.is_main:
+            if config.overwrite and mark.is_file():
+                shutil.rmtree(root)
+            if root.exists() and any(root.iterdir()) and not mark.is_file():
+                raise InputError(f"output_dir={str(root)!r} holds something else. Choose another directory.")
+            root.mkdir(parents=True, exist_ok=True)
+            if mark.is_file() and json.loads(mark.read_text())["seed"] != config.seed:
+                raise InputError(
+                    f"output_dir={str(root)!r} was made with another seed than {config.seed}. Choose another directory, or "
+                    "start it anew with --overwrite true."
+                )
+            mark.write_text(json.dumps({"seed": config.seed}) + "\n")
+        distributed.barrier()
+
+    def run(self, name: str, folder: str, make: Callable[[Path], Any], on_main: bool = False) -> None:
+        """`make(folder)` leaves the folder whole or not at all. on_main: the other processes wait."""
+        path = self.root / folder
+        if path.exists():
+            self._say(f"{name}: reusing {path} (--overwrite true starts anew)")
+            return
+        self._say(f"{name} -> {path}")
+        if not on_main or self.distributed.is_main:
+            start = time.perf_counter()
+            make(path)
+            self._say(f"{name}: {time.perf_counter() - start:.0f} s")
+        self.distributed.barrier()
+
+    def _say(self, text: str) -> None:
+        if self.distributed.is_main:
+            say(text)
+
+
+def _train_sft(root: Path, folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)  # the only global randomness: the initial weights
+    config = SFTConfig(
+        model="(made from a config)",
+        dataset=str(root / "data" / "sft.jsonl"),
+        output_dir=str(folder),
+        learning_rate=3e-3,
+        num_epochs=2,
+        batch_size=64,
+        microbatch_size=64,
+        seed=seed,
+    )
+    model = LlamaForCausalLM(embedded.model_config())
+    fine_tune(model, embedded.tokenizer(), load_rows(config.dataset), config, load_rows(root / "data" / "sft_test.jsonl"))
+
+
+def _train_reward_model(root: Path, folder: Path, seed: int) -> None:
+    train_reward_model(
+        RewardModelConfig(
+            model=str(root / "sft"),
+            dataset=str(root / "data" / "preferences_train.jsonl"),
+            eval_dataset=str(root / "data" / "preferences_test.jsonl"),
+            output_dir=str(folder),
+            learning_rate=5e-4,
+            num_epochs=2,
+            batch_size=64,
+            microbatch_size=64,
+            seed=seed,
+        )
+    )
+
+
+def _train_ppo(root: Path, config: "PPORecipe") -> None:
+    """Continues by itself where an earlier call was stopped."""
+    settings = config.training(output_dir=str(root / "ppo"), reward_weights=[1.0, 0.0])
+    trainer = PPOTrainer(
+        str(root / "sft"),
+        [str(root / "reward_model"), gold],
+        str(root / "data" / "prompts_train.jsonl"),
+        settings,
+        eval_dataset=str(root / "data" / "prompts_test.jsonl"),
+    )
+    trainer.train(resume=config.resume or (root / "ppo" / "checkpoints").is_dir())
+
+
+def _evaluate(root: Path, config: "PPORecipe", distributed: Distributed) -> dict[str, dict[str, float]]:
+    """Both policies on the held-out prompts, with the same random draws; prints table and samples, draws the curves."""
+    rollouts, results = {}, {}
+    for name, folder in {"SFT": root / "sft", "PPO": root / "ppo" / "policy"}.items():
+        rollouts[name], results[name] = _sample(root, folder, config, distributed)
+    texts = {name: _texts(root, rollout) for name, rollout in rollouts.items()}
+    prompts = [str(prompt.prompt) for prompt in rollouts["SFT"].prompts]
+    for name in results:
+        results[name] |= {
+            "win_rate": embedded.win_rate(prompts, texts[name], texts["SFT"]),
+            "distinct_1": embedded.distinct_n(texts[name], 1),
+            "distinct_2": embedded.distinct_n(texts[name], 2),
+        }
+    if distributed.is_main:
+        accuracy = json.loads((root / "reward_model" / "metrics.json").read_text())["eval_accuracy"]
+        results["reward_model"] = {"eval_accuracy": accuracy}
+        (root / "results.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+        plot_curves(root / "ppo", root / "curves.png", CURVES)
+        print(_table(results, len(prompts)))
+        for i in range(NUM_SAMPLES):
+            print(f"\n{prompts[i]}\n  SFT  {texts['SFT'][i]}\n  PPO  {texts['PPO'][i]}")
+        print(f"\ncurves: {root / 'curves.png'}   numbers: {root / 'results.json'}, {root / 'ppo' / 'metrics.jsonl'}")
+        print(f"try it: python -m rlhf.sample {root / 'ppo' / 'policy'}")
+    return results
+
+
+def _sample(
+    root: Path, folder: Path, config: "PPORecipe", distributed: Distributed
+) -> tuple[Rollout, dict[str, float]]:
+    tokenizer = load_tokenizer(str(folder))
+    temperature = config.generation.temperature
+    collector = Collector(
+        policy=Policy(load_causal_lm(str(folder)), temperature=temperature),
+        reference=Policy(load_causal_lm(str(root / "sft")), temperature=temperature),
+        rewards=Rewards([RewardModel.load(root / "reward_model"), gold], weights=[1.0, 0.0]),
+        tokenizer=tokenizer,
+        generation=config.generation,
+        missing_eos="keep",
+        missing_eos_value=None,
+        microbatch_tokens=config.update.microbatch_tokens,
+        distributed=distributed,
+    )
+    rows = load_rows(root / "data" / "prompts_test.jsonl")
+    data = PromptDataset.build(rows, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+    draws = Draws(seed=config.seed, stream=EVALUATION, step=1, slots=range(len(data)))
+    rollout = collector.rollout([data[i] for i in range(len(data))], draws, version=0, trainer_state={})
+    return rollout, {name.removeprefix("eval/"): value for name, value in collector.evaluation(rollout).items()}
+
+
+def _texts(root: Path, rollout: Rollout) -> list[str]:
+    tokenizer = load_tokenizer(str(root / "sft"))
+    return tokenizer.batch_decode([completion.ids for completion in rollout.completions], skip_special_tokens=True)
+
+
+def _table(results: dict[str, dict[str, float]], num_prompts: int) -> str:
+    sft, ppo = results["SFT"], results["PPO"]
+    rows = [
+        ("reward-model score", f"{sft['rewards/reward_model/mean']:.2f}", f"{ppo['rewards/reward_model/mean']:.2f}"),
+        ("gold score (hidden judge)", f"{sft['rewards/gold/mean']:.2f}", f"{ppo['rewards/gold/mean']:.2f}"),
+        ("win rate against SFT (gold)", "", f"{ppo['win_rate']:.0%}"),
+        ("KL to SFT, nats per completion", f"{sft['reward_kl']:.1f}", f"{ppo['reward_kl']:.1f}"),
+        ("completion length, tokens", f"{sft['completion_length']:.1f}", f"{ppo['completion_length']:.1f}"),
+        ("distinct 1-grams", f"{sft['distinct_1']:.3f}", f"{ppo['distinct_1']:.3f}"),
+        ("distinct 2-grams", f"{sft['distinct_2']:.3f}", f"{ppo['distinct_2']:.3f}"),
+    ]
+    accuracy = results["reward_model"]["eval_accuracy"]
+    lines = [f"\n{f'{num_prompts} held-out prompts':<34}{'SFT':>10}{'PPO':>10}"]
+    lines += [f"{name:<34}{before:>10}{after:>10}" for name, before, after in rows]
+    return "\n".join([*lines, f"reward model: {accuracy:.1%} of held-out preference pairs ordered as the human did"])

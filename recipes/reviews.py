@@ -1,0 +1,270 @@
+"""The language of the embedded task: short reviews written by a grammar, and the hidden judge that stands for the human.
+
+Restaurants, films and devices are reviewed in sentences of five kinds: an *opening* names the item, an *opinion* rates one
+of its aspects (and may give a reason), a *verdict* closes, a *filler* says nothing, and anything else is *broken*.
+`write_review` draws from good and sloppy writers alike; `gold_score` reads a text back sentence by sentence and judges it.
+The judge checks relations (does the reason fit the aspect, the aspect the item, the verdict the opinions?) that a reward
+model must guess from noisy comparisons of pairs. Everything random comes from the `random.Random` that is passed in.
+"""
+
+import re
+from dataclasses import dataclass
+from random import Random
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """One thing that can be rated: adjectives that fit it, and reasons for praise and blame that make sense for it."""
+
+    praise: tuple[str, ...]
+    blame: tuple[str, ...]
+    praise_reasons: tuple[str, ...]
+    blame_reasons: tuple[str, ...]
+
+
+def _aspect(praise: str, blame: str, praise_reasons: str, blame_reasons: str) -> Aspect:
+    def phrases(text: str) -> tuple[str, ...]:
+        return tuple(phrase.strip() for phrase in text.split("/"))
+
+    return Aspect(tuple(praise.split()), tuple(blame.split()), phrases(praise_reasons), phrases(blame_reasons))
+
+
+ITEMS = {
+    "restaurant": ("cafe", "bakery", "diner", "bistro", "pizzeria", "tavern", "steakhouse", "canteen"),
+    "film": ("film", "thriller", "comedy", "drama", "documentary", "western", "musical", "sequel"),
+    "device": ("phone", "laptop", "camera", "tablet", "watch", "console", "radio", "printer"),
+}
+ASPECTS = {
+    "restaurant": {
+        "food": _aspect(
+            "tasty fresh", "bland greasy", "the chef cooks with local herbs / it came from the garden", "salt was missing"
+        ),
+        "service": _aspect("quick polite", "slow rude", "the waiter knew every dish / nobody had to wait", "we waited an hour"),
+        "bread": _aspect("crusty warm", "stale dry", "they bake it every morning / it left the oven late", "it was a day old"),
+        "coffee": _aspect("rich smooth", "weak bitter", "they roast the beans / the milk is from a farm", "it was reheated"),
+        "room": _aspect("cozy bright", "noisy cramped", "the windows face the park / the tables are far apart", "it had no air"),
+        "menu": _aspect("varied clever", "dull confusing", "it changes with the season / it suits everyone", "half was sold out"),
+    },
+    "film": {
+        "plot": _aspect("gripping original", "predictable silly", "every scene has a purpose / you never guess", "we saw it coming"),
+        "acting": _aspect("natural moving", "wooden stiff", "the lead knows her part / the actors trust each other", "nobody cared"),
+        "music": _aspect("haunting lively", "cheesy shrill", "the composer uses only strings / it follows the mood", "it hid the voices"),
+        "ending": _aspect("surprising tender", "rushed hollow", "it answers every question / it takes courage", "ideas ran out"),
+        "dialogue": _aspect("sharp witty", "clumsy flat", "people talk like real people / every line counts", "it was a lecture"),
+        "pacing": _aspect("tight steady", "uneven tiring", "no minute is wasted / the cuts are well timed", "the middle part drags"),
+    },
+    "device": {
+        "battery": _aspect("reliable strong", "feeble unsafe", "it runs for two days / it charges in minutes", "it died by noon"),
+        "screen": _aspect("vivid clear", "dim blurry", "you can read it outdoors / the colors look true", "it flickers at night"),
+        "design": _aspect("elegant sturdy", "ugly flimsy", "it is made of solid metal / the edges are round", "the cover broke"),
+        "software": _aspect("intuitive stable", "buggy bloated", "updates arrive every month / nothing is hidden", "it crashed twice"),
+        "sound": _aspect("balanced full", "tinny muffled", "the speakers are well placed / the bass stays clean", "it rattles a lot"),
+        "price": _aspect("fair low", "steep absurd", "repairs are included / others charge twice as much", "you pay for the name"),
+    },
+}
+ADJECTIVES = ("new", "old", "small", "big", "local", "famous", "cheap", "popular", "modern", "little", "foreign", "classic")
+PROMPTS = (
+    "review of the {adjective} {item}:",
+    "what is the {adjective} {item} like?",
+    "my opinion on the {adjective} {item}:",
+    "should i try the {adjective} {item}?",
+    "tell me about the {adjective} {item}:",
+)
+VAGUE_PRAISE, VAGUE_BLAME = ("good", "nice", "great"), ("bad", "poor", "awful")  # fit every aspect, say little
+INTENSIFIERS = ("very", "really", "quite")
+PRAISE_VERBS, BLAME_VERBS = ("delighted", "impressed"), ("disappointed", "annoyed")
+PRAISE_VERDICTS = ("i would choose it again", "it is worth the money", "i recommend it to everyone")
+BLAME_VERDICTS = ("i would not choose it again", "it is a waste of money", "i recommend it to nobody")
+FILLERS = ("it is what it is", "there is not much to say", "well you know", "i forgot the rest", "that is all", "ok")
+
+_DOMAIN_OF_ITEM = {item: domain for domain, items in ITEMS.items() for item in items}
+_DOMAIN_OF_ASPECT = {name: domain for domain, aspects in ASPECTS.items() for name in aspects}
+_ALL_ASPECTS = {name: aspect for aspects in ASPECTS.values() for name, aspect in aspects.items()}
+_ALL_REASONS = {reason for a in _ALL_ASPECTS.values() for reason in a.praise_reasons + a.blame_reasons}
+_PRAISE = {word for a in _ALL_ASPECTS.values() for word in a.praise} | set(VAGUE_PRAISE)
+_BLAME = {word for a in _ALL_ASPECTS.values() for word in a.blame} | set(VAGUE_BLAME)
+_LONGEST = 32  # words and full stops in a review that the grammar writes
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and punctuation marks, as the tokenizer splits them."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def vocabulary() -> list[str]:
+    """Every word and mark the grammar can write, sorted."""
+    frames = "the was i found because this me we chose last week . : ?"
+    sources = [frames, *PROMPTS, *FILLERS, *PRAISE_VERDICTS, *BLAME_VERDICTS, *_ALL_REASONS, *_DOMAIN_OF_ITEM, *_ALL_ASPECTS]
+    sources += [*ADJECTIVES, *INTENSIFIERS, *PRAISE_VERBS, *BLAME_VERBS, *_PRAISE, *_BLAME]
+    return sorted({word for source in sources for word in words(re.sub(r"\{\w+\}", " ", source))})
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_prompt(random: Random) -> str:
+    """One request, e.g. "what is the old thriller like?"."""
+    items = tuple(_DOMAIN_OF_ITEM)
+    return random.choice(PROMPTS).format(adjective=random.choice(ADJECTIVES), item=random.choice(items))
+
+
+def write_review(prompt: str, random: Random) -> str:
+    """One review of the item in `prompt`, 2 to 32 words long, by a writer who may like it or not and may be sloppy.
+
+    Sloppiness is drawn per review; it makes the writer stray to another domain, misfit reasons, repeat, break off or pad.
+    """
+    adjective, item = _subject(prompt)
+    sloppiness, liking = random.random(), random.choice((0.9, 0.5, 0.1))
+    sentences: list[str] = []
+    if random.random() < 0.65:
+        named = random.choice(tuple(_DOMAIN_OF_ITEM)) if random.random() < 0.3 * sloppiness else item
+        sentences.append(_opening(f"{adjective} {named}" if random.random() < 0.5 else named, liking, random))
+    for _ in range(random.choice((0, 1, 1, 2, 2, 3))):
+        sentences.append(_opinion(_DOMAIN_OF_ITEM[item], liking, sloppiness, random))
+    if random.random() < 0.6 * sloppiness or not sentences:
+        sentences.insert(random.randrange(len(sentences) + 1), random.choice(FILLERS))
+    if random.random() < 0.4:
+        honest = random.random() > 0.4 * sloppiness
+        sentences.append(random.choice(PRAISE_VERDICTS if (random.random() < liking) == honest else BLAME_VERDICTS))
+    sentences = [_damage(sentence, sloppiness, random) for sentence in sentences]
+    if random.random() < 0.4 * sloppiness:  # says the same thing again
+        sentences.append(random.choice(sentences))
+    while sum(len(words(sentence)) + 1 for sentence in sentences) > _LONGEST:
+        sentences.pop(random.randrange(len(sentences)))
+    return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def _subject(prompt: str) -> tuple[str, str]:
+    """(adjective, item) that a prompt asks about; ("", "") if it names no item."""
+    found = words(prompt)
+    for position, word in enumerate(found):
+        if word in _DOMAIN_OF_ITEM and position > 0:
+            return found[position - 1], word
+    return "", ""
+
+
+def _opening(subject: str, liking: float, random: Random) -> str:
+    if random.random() < 0.4:
+        return f"we chose this {subject} last week"
+    return f"this {subject} {random.choice(PRAISE_VERBS if random.random() < liking else BLAME_VERBS)} me"
+
+
+def _opinion(domain: str, liking: float, sloppiness: float, random: Random) -> str:
+    if random.random() < 0.35 * sloppiness:
+        domain = random.choice(tuple(ASPECTS))
+    name = random.choice(tuple(ASPECTS[domain]))
+    aspect, likes = ASPECTS[domain][name], random.random() < liking
+    adjectives = (VAGUE_PRAISE if likes else VAGUE_BLAME) if random.random() < 0.5 else (aspect.praise if likes else aspect.blame)
+    intensifier = f"{random.choice(INTENSIFIERS)} " if random.random() < 0.25 else ""
+    frame = "the {} was {}{}" if random.random() < 0.7 else "i found the {} {}{}"
+    sentence = frame.format(name, intensifier, random.choice(adjectives))
+    if random.random() < 0.35:
+        reasoned = aspect if random.random() > 0.7 * sloppiness else random.choice(tuple(_ALL_ASPECTS.values()))
+        sentence += " because " + random.choice(reasoned.praise_reasons if likes else reasoned.blame_reasons)
+    return sentence
+
+
+def _damage(sentence: str, sloppiness: float, random: Random) -> str:
+    """Break a sentence off, or stutter on one of its words, as a hasty writer does."""
+    parts = sentence.split()
+    if random.random() < 0.12 * sloppiness:
+        return " ".join(parts[: random.randrange(1, len(parts) + 1)])
+    if random.random() < 0.12 * sloppiness:
+        position = random.randrange(len(parts))
+        parts[position:position] = [parts[position]] * random.choice((1, 2))
+    return " ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------- judging
+
+_NAMES, _THINGS = "|".join(_ALL_ASPECTS), "|".join(_DOMAIN_OF_ITEM)
+_OPINION = re.compile(
+    rf"(?:the (?P<rated>{_NAMES}) was|i found the (?P<found>{_NAMES})) (?:(?:{'|'.join(INTENSIFIERS)}) )?"
+    rf"(?P<adjective>{'|'.join(sorted(_PRAISE | _BLAME))})(?: because (?P<reason>{'|'.join(sorted(_ALL_REASONS))}))?"
+)
+_SUBJECT = rf"this (?:(?P<adjective>{'|'.join(ADJECTIVES)}) )?(?P<item>{_THINGS})"
+_OPENING = re.compile(rf"(?:we chose {_SUBJECT} last week)")
+_FEELING = re.compile(rf"{_SUBJECT} (?P<verb>{'|'.join(PRAISE_VERBS + BLAME_VERBS)}) me")
+
+
+def gold_score(prompt: str, completion: str) -> float:
+    """What the hidden human thinks of `completion` as an answer to `prompt`: about -6 (useless) to 6 (excellent).
+
+    Sum of bounded terms: naming the item, opinions on it, reasons that fit, a verdict that agrees, against strangeness,
+    repetition, filler, broken sentences and a length out of bounds. No term can be raised by saying more of the same.
+    """
+    sentences = [" ".join(words(part)) for part in completion.split(".") if words(part)]
+    openings = [match for s in sentences if (match := _OPENING.fullmatch(s) or _FEELING.fullmatch(s))]
+    opinions = [match for s in sentences if (match := _OPINION.fullmatch(s))]
+    fillers = sum(s in FILLERS for s in sentences)
+    verdicts = sum(s in PRAISE_VERDICTS + BLAME_VERDICTS for s in sentences)
+    broken = len(sentences) - len(openings) - len(opinions) - fillers - verdicts + (not completion.rstrip().endswith("."))
+    return (
+        _naming(prompt, openings)
+        + _substance(_subject(prompt)[1], opinions)
+        + _closing(sentences, openings, opinions)
+        - min(0.8 * broken, 2.4)
+        - min(0.4 * fillers, 1.2)
+        - _repetition(sentences)
+        + _length(sum(len(words(s)) for s in sentences))
+    )
+
+
+def _naming(prompt: str, openings: list[re.Match[str]]) -> float:
+    """1 for naming the item, 0.5 more with the adjective of the prompt; -1 for naming another item. -1 to 1.5."""
+    adjective, item = _subject(prompt)
+    if any(match["item"] != item for match in openings):
+        return -1.0
+    return float(bool(openings)) + 0.5 * any(match["adjective"] == adjective for match in openings)
+
+
+def _substance(item: str, opinions: list[re.Match[str]]) -> float:
+    """Opinions: specific praise counts most, each aspect once; strange aspects, adjectives and reasons cost. -4 to 3.6."""
+    total, reasons, seen = 0.0, 0.0, set()
+    for match in opinions:
+        name, adjective, reason = match["rated"] or match["found"], match["adjective"], match["reason"]
+        aspect = _ALL_ASPECTS[name]
+        if _DOMAIN_OF_ASPECT[name] != _DOMAIN_OF_ITEM.get(item):
+            total -= 0.8
+        elif name not in seen:
+            total += _adjective_worth(adjective, aspect)
+        if reason is not None:
+            fitting = aspect.praise_reasons if adjective in _PRAISE else aspect.blame_reasons
+            reasons += (1.0 if name not in seen else 0.0) if reason in fitting else -0.7
+        seen.add(name)
+    return max(-2.5, min(total, 2.1)) + max(-1.5, min(reasons, 1.5))
+
+
+def _adjective_worth(adjective: str, aspect: Aspect) -> float:
+    if adjective in aspect.praise:
+        return 0.7
+    if adjective in aspect.blame:
+        return -0.3
+    return {True: 0.1, False: -0.5}[adjective in VAGUE_PRAISE] if adjective in VAGUE_PRAISE + VAGUE_BLAME else -0.6
+
+
+def _closing(sentences: list[str], openings: list[re.Match[str]], opinions: list[re.Match[str]]) -> float:
+    """0.8 for ending on a verdict that agrees with what was said before, -0.8 for one that does not. -0.8 to 0.8."""
+    if not sentences or sentences[-1] not in PRAISE_VERDICTS + BLAME_VERDICTS:
+        return 0.0
+    tone = sum(1 if match["adjective"] in _PRAISE else -1 for match in opinions)
+    for match in openings:
+        verb = match.groupdict().get("verb")
+        tone += 0 if verb is None else (1 if verb in PRAISE_VERBS else -1)
+    return 0.8 if tone * (1 if sentences[-1] in PRAISE_VERDICTS else -1) > 0 else -0.8
+
+
+def _repetition(sentences: list[str]) -> float:
+    """0.8 per sentence said again, 0.5 per stuttered word, 0.3 per adjective used again; at most 2.4."""
+    again = len(sentences) - len(set(sentences))
+    stutters = sum(a == b for s in sentences for a, b in zip(s.split(), s.split()[1:], strict=False))
+    adjectives = [word for s in dict.fromkeys(sentences) for word in s.split() if word in _PRAISE | _BLAME]
+    return min(0.8 * again + 0.5 * stutters + 0.3 * (len(adjectives) - len(set(adjectives))), 2.4)
+
+
+def _length(num_words: int) -> float:
+    """0.5 from 14 to 30 words, falling to -1 at 4 words and at 50."""
+    if 14 <= num_words <= 30:
+        return 0.5
+    distance = (14 - num_words) / 10 if num_words < 14 else (num_words - 30) / 20
+    return max(-1.0, 0.5 - 1.5 * distance)

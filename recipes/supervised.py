@@ -1,0 +1,206 @@
+"""What the two supervised stages share: their settings, the `transformers.Trainer` set up for them, saving, the command."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from rlhf.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """Settings of a supervised stage. Batch sizes are global: they mean the same on any number of processes."""
+
+    model: str
+    """Model to start from: a folder or a hub name."""
+    dataset: str
+    """Training rows: a JSON-lines, parquet or CSV file, a folder, or a hub name."""
+    output_dir: str
+    """Folder for the trained model, its tokenizer and metrics.json; must be empty or absent unless `overwrite`."""
+    eval_dataset: str | None = None
+    """Held-out rows to report on, as `dataset`."""
+    max_tokens: int = 1024
+    """Longest prompt and completion together, in tokens."""
+    learning_rate: float = 2e-5
+    """Peak of AdamW's learning rate; it falls linearly to 0."""
+    warmup_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    num_epochs: float = 1.0
+    """Passes over the training rows."""
+    batch_size: int = 32
+    """Rows per optimizer step, over all processes."""
+    microbatch_size: int = 32
+    """Most rows one process holds in memory at once; changes memory and speed, not results."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    bf16: bool = False
+    """Compute in bfloat16 by autocast; the weights stay float32."""
+    save_steps: int = 0
+    """Optimizer steps between checkpoints in `<output_dir>.checkpoints`; 0 saves none."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `<output_dir>.checkpoints`."""
+    overwrite: bool = False
+    """Replace `output_dir` if it holds something."""
+    progress: bool = True
+    """Show a progress bar."""
+    seed: int = 0
+    """Seed of the data order and of new weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "learning_rate", "num_epochs", "batch_size", "microbatch_size", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be greater than 0, but it is {getattr(self, name)}.")
+        for name in ("save_steps", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must be 0 or more, but it is {getattr(self, name)}.")
+        if not 0 <= self.warmup_fraction < 1:
+            raise InputError(f"warmup_fraction must be in [0, 1), but it is {self.warmup_fraction}.")
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return Path(f"{self.output_dir}.checkpoints")
+
+
+def check_output_dir(config: SupervisedConfig) -> None:
+    """Refuse an output folder with something in it, before anything is loaded."""
+    folder = Path(config.output_dir)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not config.overwrite):
+        raise InputError(f"output_dir {folder} is not empty. Name another folder, or replace it with --overwrite true.")
+    if config.resume and not any(config.checkpoint_dir.glob("checkpoint-*")):
+        raise InputError(f"resume is true, but {config.checkpoint_dir} holds no checkpoint. Run with --resume false.")
+
+
+def training_arguments(config: SupervisedConfig) -> TrainingArguments:
+    """Translate to `TrainingArguments`: the global batch is split over processes and accumulation steps."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = min(config.microbatch_size, max(config.batch_size // processes, 1))
+    if config.batch_size % (rows * processes):
+        raise InputError(
+            f"batch_size {config.batch_size} does not split into microbatches of {rows} rows on {processes} process(es). "
+            "Make it a multiple of microbatch_size times the number of processes."
+        )
+    arguments = TrainingArguments(
+        output_dir=str(config.checkpoint_dir),
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=config.microbatch_size,
+        gradient_accumulation_steps=config.batch_size // (rows * processes),
+        num_train_epochs=config.num_epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=config.warmup_fraction,  # a value below 1 is a share of the steps
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=0.05,
+        report_to=[],
+        disable_tqdm=True,  # our own bar instead, see `prepare_trainer`
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one device per process; Trainer would silently multiply the batch by the number of devices
+    return arguments
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's progress bar with the loss at its end, instead of a printed dictionary per logging step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No second bar for the evaluation."""
+
+
+def prepare_trainer(trainer: Trainer, config: SupervisedConfig) -> None:
+    """Replace the Trainer's printing by our bar."""
+    trainer.remove_callback(PrinterCallback)
+    if config.progress:
+        trainer.add_callback(_Bar)
+
+
+def fit(trainer: Trainer, config: SupervisedConfig) -> dict[str, float]:
+    """Train; return the mean loss of the last twentieth of the steps and the seconds it took."""
+    prepare_trainer(trainer, config)
+    start = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=config.resume)
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "train_loss": losses[-1] if losses else result.training_loss,
+        "train_seconds": time.perf_counter() - start,
+        "num_steps": float(result.global_step),
+    }
+
+
+def match_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's pad id into the model's config, where stock models look for the last real token."""
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise InputError("The tokenizer needs a pad and an EOS token. Set tokenizer.pad_token and save the tokenizer again.")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model embeds only {rows}. "
+            "Use the model's own tokenizer, or call model.resize_token_embeddings and save the model again."
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def save(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, metrics: dict[str, float], config: SupervisedConfig
+) -> Path:
+    """Write model, tokenizer and metrics.json beside `output_dir` and rename: the folder is whole or absent."""
+    final = Path(config.output_dir)
+    partial = final.with_name(final.name + ".partial")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))  # on every process: sharded weights are gathered here
+    if trainer.is_world_process_zero():
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; metrics.json holds what matters
+        tokenizer.save_pretrained(partial)
+        (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        shutil.rmtree(config.checkpoint_dir, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return final
+
+
+def read_settings(config_class: type, description: str) -> Any:
+    """Settings from the command line and `--config file.yaml`; a wrong one ends the command with a plain message."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(config_class)
+    namespace = parser.parse_args()
+    namespace.pop("config", None)
+    return config_class(**namespace.as_dict())
+
+
+def run_command(config_class: type, train: Any, description: str) -> None:
+    """Parse, train, and turn an `InputError` into one line and exit status 2."""
+    try:
+        train(read_settings(config_class, description))
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,161 @@
+"""A time limit is not an end of the world: with the exact value function every advantage is 0, whatever the horizon.
+
+Learning curves cannot show this (CartPole is learnt with every one of the mistakes below), so it is computed: rewards
+depend on time alone, the true V is a geometric sum, and an advantage that is not 0 is a mistake of the collector or of GAE.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import VectorWrapper
+
+from gym_baselines.collect import Collector
+from rlhf.core.advantages import gae
+from tests.broken import gae_counts_what_is_masked, gae_ignores_episode_ends, gae_takes_truncation_for_termination
+from tests.controls import refute
+from tests.gym_baselines.environments import Clock, Oracle, clocks, rollouts, transitions
+
+GAMMA, LAMBDA = 0.9, 0.95
+MODES = ["next_step", "same_step"]
+HORIZONS = [2, 5]
+# The borders of these rollouts fall on ends of episodes, on ghost steps, and in the middle of episodes.
+LENGTHS = (5, 1, 1, 7, 12, 3, 4, 6)
+
+
+def late_reward(t):
+    """Nothing for three steps, then 1 for ever."""
+    return float(t >= 3)
+
+
+def late_value(t):
+    """Its exact value: gamma^(3 - t) / (1 - gamma) before the third step, 1 / (1 - gamma) from then on."""
+    return GAMMA ** (3 - t).clamp(min=0) / (1 - GAMMA)
+
+
+def all_advantages(trajectories, estimator=gae, gamma=GAMMA):
+    advantages, _ = estimator(
+        trajectories.rewards,
+        trajectories.values,
+        trajectories.next_values,
+        trajectories.terminated,
+        trajectories.episode_ends,
+        trajectories.mask,
+        gamma=gamma,
+        gae_lambda=LAMBDA,
+    )
+    return advantages.numpy()
+
+
+def largest_advantage(trajectories, estimator=gae):
+    return np.abs(all_advantages(trajectories, estimator)).max()
+
+
+def late_rollouts(mode, horizon):
+    return rollouts(lambda: Clock(late_reward, limit=horizon), late_value, mode, lengths=LENGTHS)
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_with_the_exact_value_function_every_advantage_at_a_time_limit_is_zero(mode, horizon):
+    played = late_rollouts(mode, horizon)
+    assert max(largest_advantage(trajectories) for trajectories in played) < 1e-10
+    assert sum(int(trajectories.episode_ends.sum()) for trajectories in played) > 10
+    assert not any(trajectories.terminated.any() for trajectories in played)
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "broken", [gae_takes_truncation_for_termination, gae_counts_what_is_masked], ids=lambda variant: variant.__name__
+)
+def test_the_advantages_notice_a_broken_estimator(broken, mode, horizon):
+    if broken is gae_counts_what_is_masked and mode == "same_step":
+        pytest.skip("there is nothing to mask")
+    assert max(largest_advantage(trajectories, broken) for trajectories in late_rollouts(mode, horizon)) > 1e-3
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mistake_after_a_reset_does_not_reach_the_episode_before(mode, horizon):
+    """V is too high by 1 in the first state of an episode, exact in all others: only first steps may have an advantage."""
+
+    def check(estimator):
+        def value(t):
+            return late_value(t) + (t == 0)
+
+        for played in rollouts(lambda: Clock(late_reward, limit=horizon), value, mode, lengths=LENGTHS):
+            advantages = all_advantages(played, estimator)
+            first = played.mask & (played.inputs["observations"][..., 0] == 0)
+            assert np.abs(advantages[~first]).max(initial=0.0) < 1e-10
+            np.testing.assert_allclose(advantages[first], -1.0, atol=1e-10)
+
+    check(gae)
+    refute(check, gae_ignores_episode_ends)
+
+
+class ForgetsTheFinalObservation(VectorWrapper):
+    """A vector environment whose final_obs is the observation after the reset, as if V(next_obs) were computed."""
+
+    def step(self, actions):
+        observations, rewards, terminated, truncated, infos = self.env.step(actions)
+        if "final_obs" in infos:
+            infos["final_obs"] = np.array([*observations, None], dtype=object)[:-1]
+        return observations, rewards, terminated, truncated, infos
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+def test_the_advantages_notice_the_value_of_the_reset_observation_in_same_step(horizon):
+    envs = ForgetsTheFinalObservation(clocks(lambda: Clock(late_reward, limit=horizon), "same_step"))
+    assert largest_advantage(Collector(envs, Oracle(late_value), seed=0).collect(16).trajectories) > 1e-3
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+def test_the_advantages_notice_the_value_of_the_reset_observation_in_next_step(horizon):
+    (played,) = rollouts(lambda: Clock(late_reward, limit=horizon), late_value, "next_step", lengths=(16,))
+    at_reset = late_value(torch.tensor(0.0, dtype=torch.float64))
+    leaky = replace(played, next_values=torch.where(played.episode_ends, at_reset, played.next_values))
+    assert largest_advantage(leaky) > 1e-3
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+def test_both_autoreset_modes_give_the_same_transitions(horizon):
+    next_step, same_step = (late_rollouts(mode, horizon) for mode in MODES)
+    for row in range(2):
+        real = transitions(next_step, row)
+        assert len(real) > 20
+        assert real == transitions(same_step, row)[: len(real)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ghost_steps_are_not_counted_as_steps(mode):
+    """Horizon 2: in NEXT_STEP every third step only resets, also across the borders of rollouts."""
+    ghosts = sum(int((~trajectories.mask).sum()) for trajectories in late_rollouts(mode, 2))
+    assert ghosts == (2 * (sum(LENGTHS) // 3) if mode == "next_step" else 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_self_loop_cut_after_fifty_steps_has_no_advantage(mode):
+    """Reward 1 for ever, gamma 0.99: V = 100. Taken for a termination, the limit would give the last step -99."""
+
+    def check(estimator):
+        (played,) = rollouts(lambda: Clock(limit=50), lambda t: torch.full_like(t, 100.0), mode, lengths=(120,))
+        assert np.abs(all_advantages(played, estimator, gamma=0.99)).max() < 1e-10
+
+    check(gae)
+    refute(check, gae_takes_truncation_for_termination)
+
+
+@pytest.mark.parametrize("limit", [None, 4], ids=["terminated", "terminated and truncated at once"])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_bootstrapped_after_a_termination(mode, limit):
+    """Four steps of reward 1, then the end: V(t) = 1 + gamma + ... of what is left. The value function is wrong after the
+    end, by a million; if any of it came through, the advantages would show it."""
+
+    def value(t):
+        return torch.where(t >= 4, 1e6, (1 - GAMMA ** (4 - t)) / (1 - GAMMA))
+
+    played = rollouts(lambda: Clock(death=4, limit=limit), value, mode, lengths=LENGTHS)
+    assert max(largest_advantage(trajectories) for trajectories in played) < 1e-10
+    assert all((trajectories.terminated == trajectories.episode_ends).all() for trajectories in played)

@@ -1,0 +1,127 @@
+"""The language of tests/tree.py as a job for the real `PPOTrainer`: a tiny GPT-2 whose whole vocabulary is the tree's.
+
+The prompt is the token "a", so nothing outside the tree can ever be said. (GPT-2 has absolute positions; to attention over
+equal tokens without them, "a", "a a" and "a a a" are one and the same state.) Every sentence the model can produce is one of
+the 15, and its policy, its values, J, J* and KL(policy || pi*) are computed exactly, by the model's own forward and sums.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from rlhf.trainer import PPOTrainer, PPOTrainerConfig
+from tests import tree
+
+PROMPT = 1
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Three words; the sentence end also pads, which must not matter."""
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+
+
+def language_model(seed: int = 0) -> GPT2LMHeadModel:
+    """Random weights, large enough that the reference policy is far from uniform."""
+    config = GPT2Config(
+        vocab_size=tree.VOCABULARY,
+        n_embd=32,
+        n_inner=64,
+        n_layer=1,
+        n_head=2,
+        n_positions=8,
+        initializer_range=0.25,
+        bos_token_id=None,
+        eos_token_id=tree.EOS,
+        pad_token_id=tree.EOS,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)
+
+
+@torch.no_grad()
+def logits_of(lm: GPT2LMHeadModel) -> Tensor:
+    """(7, 3) float64: the model's log-probs of the next token after each prefix, by its plain forward."""
+    lm.eval()
+    rows = [
+        lm(input_ids=torch.tensor([[PROMPT, *prefix]])).logits[0, -1].double().log_softmax(-1) for prefix in tree.PREFIXES
+    ]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def values_of(trainer: PPOTrainer) -> Tensor:
+    """(7,) float64: the value head at each prefix."""
+    hidden = [
+        trainer.policy.lm.base_model(input_ids=torch.tensor([[PROMPT, *prefix]])).last_hidden_state[0, -1]
+        for prefix in tree.PREFIXES
+    ]
+    return trainer.policy.value_head(torch.stack(hidden)).double()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training led to, exactly."""
+
+    regret: float
+    """(J* - J) / (J* - J(reference)): 0 is the optimum, 1 the policy that training started from."""
+    kl_to_optimum: float
+    value_error: float
+    """Root mean square of V - V* over prefixes, weighted by how often pi* visits them."""
+    theta: Tensor
+    values: Tensor
+    trainer: PPOTrainer
+    history: list[dict[str, float]]
+
+
+def problem_of(lm: GPT2LMHeadModel, *, beta: float = 0.37, shift: float = 0.0, seed: int = 0) -> tree.Problem:
+    """Random rewards of standard deviation 1 for the 15 sentences, and the model as it is now as the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(15, generator=generator, dtype=torch.float64) + shift
+    return tree.Problem(reference=logits_of(lm), rewards=rewards, beta=beta)
+
+
+def train(problem: tree.Problem, lm: GPT2LMHeadModel, output_dir: Path, **settings: Any) -> Result:
+    """Train `lm` on the problem with `PPOTrainerConfig(**settings)`; everything else is a shipped default."""
+
+    def reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        return [float(problem.rewards[tree.SEQUENCES.index(tuple(ids))]) for ids in completion_ids]
+
+    history: list[dict[str, float]] = []
+    config = PPOTrainerConfig(output_dir=str(output_dir), **settings)
+    trainer = PPOTrainer(lm, reward, [{"prompt": "a"}] * config.prompts_per_step, config, tokenizer=tokenizer())
+    step = trainer.train_step
+
+    def recorded() -> dict[str, float]:
+        history.append(step())
+        return history[-1]
+
+    trainer.train_step = recorded  # type: ignore[method-assign]
+    trainer.train()
+    return measure(problem, trainer, history)
+
+
+def measure(problem: tree.Problem, trainer: PPOTrainer, history: list[dict[str, float]]) -> Result:
+    theta, values = logits_of(trainer.policy.lm), values_of(trainer)
+    best = problem.best_objective()
+    error = values - problem.soft_values()[0]
+    visits = torch.zeros(7).double().index_add(
+        0, tree.STATES[tree.MASK], problem.optimum().exp().unsqueeze(1).expand(15, 3)[tree.MASK]
+    )
+    return Result(
+        regret=float((best - problem.objective(theta)) / (best - problem.objective(problem.reference))),
+        kl_to_optimum=float(tree.kl(tree.sequence_logprobs(theta), problem.optimum())),
+        value_error=float(((visits * error**2).sum() / visits.sum()).sqrt()),
+        theta=theta,
+        values=values,
+        trainer=trainer,
+        history=history,
+    )
