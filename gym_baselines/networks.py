@@ -33,7 +33,7 @@ class CategoricalPolicy(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return self.value_net[-1].weight.dtype  # type: ignore[return-value]
 
     def forward(
         self, inputs: Inputs, actions: Tensor, with_values: bool = True, with_entropy: bool = False

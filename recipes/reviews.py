@@ -83,7 +83,7 @@ _ALL_ASPECTS = {name: aspect for aspects in ASPECTS.values() for name, aspect in
 _ALL_REASONS = {reason for a in _ALL_ASPECTS.values() for reason in a.praise_reasons + a.blame_reasons}
 _PRAISE = {word for a in _ALL_ASPECTS.values() for word in a.praise} | set(VAGUE_PRAISE)
 _BLAME = {word for a in _ALL_ASPECTS.values() for word in a.blame} | set(VAGUE_BLAME)
-_LONGEST = 32  # words and full stops in a review that the grammar writes
+_LONGEST = 28  # words and full stops in a review that the grammar writes
 
 
 def words(text: str) -> list[str]:
@@ -109,7 +109,7 @@ def write_prompt(random: Random) -> str:
 
 
 def write_review(prompt: str, random: Random) -> str:
-    """One review of the item in `prompt`, 2 to 32 words long, by a writer who may like it or not and may be sloppy.
+    """One review of the item in `prompt`, 2 to 28 words long, by a writer who may like it or not and may be sloppy.
 
     Sloppiness is drawn per review; it makes the writer stray to another domain, misfit reasons, repeat, break off or pad.
     """
@@ -117,7 +117,7 @@ def write_review(prompt: str, random: Random) -> str:
     sloppiness, liking = random.random(), random.choice((0.9, 0.5, 0.1))
     sentences: list[str] = []
     if random.random() < 0.65:
-        named = random.choice(tuple(_DOMAIN_OF_ITEM)) if random.random() < 0.3 * sloppiness else item
+        named = random.choice(tuple(_DOMAIN_OF_ITEM)) if random.random() < 0.25 * sloppiness else item
         sentences.append(_opening(f"{adjective} {named}" if random.random() < 0.5 else named, liking, random))
     for _ in range(random.choice((0, 1, 1, 2, 2, 3))):
         sentences.append(_opinion(_DOMAIN_OF_ITEM[item], liking, sloppiness, random))
@@ -150,7 +150,7 @@ def _opening(subject: str, liking: float, random: Random) -> str:
 
 
 def _opinion(domain: str, liking: float, sloppiness: float, random: Random) -> str:
-    if random.random() < 0.35 * sloppiness:
+    if random.random() < 0.3 * sloppiness:
         domain = random.choice(tuple(ASPECTS))
     name = random.choice(tuple(ASPECTS[domain]))
     aspect, likes = ASPECTS[domain][name], random.random() < liking
@@ -159,7 +159,7 @@ def _opinion(domain: str, liking: float, sloppiness: float, random: Random) -> s
     frame = "the {} was {}{}" if random.random() < 0.7 else "i found the {} {}{}"
     sentence = frame.format(name, intensifier, random.choice(adjectives))
     if random.random() < 0.35:
-        reasoned = aspect if random.random() > 0.7 * sloppiness else random.choice(tuple(_ALL_ASPECTS.values()))
+        reasoned = aspect if random.random() > 0.5 * sloppiness else random.choice(tuple(_ALL_ASPECTS.values()))
         sentence += " because " + random.choice(reasoned.praise_reasons if likes else reasoned.blame_reasons)
     return sentence
 
@@ -211,47 +211,54 @@ def gold_score(prompt: str, completion: str) -> float:
 
 
 def _naming(prompt: str, openings: list[re.Match[str]]) -> float:
-    """1 for naming the item, 0.5 more with the adjective of the prompt; -1 for naming another item. -1 to 1.5."""
+    """Naming the item 0.6, its adjective 0.4 more, delight or annoyance +-0.4; -1 for naming another item. -1 to 1.4."""
     adjective, item = _subject(prompt)
     if any(match["item"] != item for match in openings):
         return -1.0
-    return float(bool(openings)) + 0.5 * any(match["adjective"] == adjective for match in openings)
+    feeling = max(-1, min(sum(map(_tone, openings)), 1))
+    return 0.6 * bool(openings) + 0.4 * any(match["adjective"] == adjective for match in openings) + 0.4 * feeling
 
 
 def _substance(item: str, opinions: list[re.Match[str]]) -> float:
-    """Opinions: specific praise counts most, each aspect once; strange aspects, adjectives and reasons cost. -4 to 3.6."""
-    total, reasons, seen = 0.0, 0.0, set()
+    """Opinions: specific praise counts most, each aspect once; strange aspects, adjectives and reasons cost. -3.5 to 4.2."""
+    praise, reasons, seen = 0.0, 0.0, set()
     for match in opinions:
         name, adjective, reason = match["rated"] or match["found"], match["adjective"], match["reason"]
-        aspect = _ALL_ASPECTS[name]
+        aspect, new = _ALL_ASPECTS[name], name not in seen
         if _DOMAIN_OF_ASPECT[name] != _DOMAIN_OF_ITEM.get(item):
-            total -= 0.8
-        elif name not in seen:
-            total += _adjective_worth(adjective, aspect)
+            praise -= 0.8
+        elif new or adjective in _BLAME:
+            praise += _adjective_worth(adjective, aspect)
         if reason is not None:
             fitting = aspect.praise_reasons if adjective in _PRAISE else aspect.blame_reasons
-            reasons += (1.0 if name not in seen else 0.0) if reason in fitting else -0.7
+            reasons += float(new) if reason in fitting else -0.5
         seen.add(name)
-    return max(-2.5, min(total, 2.1)) + max(-1.5, min(reasons, 1.5))
+    return max(-2.5, min(praise, 2.7)) + max(-1.0, min(reasons, 1.5))
 
 
 def _adjective_worth(adjective: str, aspect: Aspect) -> float:
+    """Specific and fitting praise 0.9, vague praise 0.2, blame -0.6, and -0.6 for a word that does not fit the aspect."""
     if adjective in aspect.praise:
-        return 0.7
-    if adjective in aspect.blame:
-        return -0.3
-    return {True: 0.1, False: -0.5}[adjective in VAGUE_PRAISE] if adjective in VAGUE_PRAISE + VAGUE_BLAME else -0.6
+        return 0.9
+    return 0.2 if adjective in VAGUE_PRAISE else -0.6
+
+
+def _tone(match: re.Match[str]) -> int:
+    """1 for an opinion or opening that praises, -1 for one that blames, 0 for a neutral opening."""
+    found = match.groupdict()
+    if found.get("verb"):
+        return 1 if found["verb"] in PRAISE_VERBS else -1
+    return 0 if "rated" not in found else (1 if found["adjective"] in _PRAISE else -1)
 
 
 def _closing(sentences: list[str], openings: list[re.Match[str]], opinions: list[re.Match[str]]) -> float:
-    """0.8 for ending on a verdict that agrees with what was said before, -0.8 for one that does not. -0.8 to 0.8."""
+    """Closing verdict: 0.8 for praise, 0 for blame, but -0.8 if it contradicts what was said before. -0.8 to 0.8."""
     if not sentences or sentences[-1] not in PRAISE_VERDICTS + BLAME_VERDICTS:
         return 0.0
-    tone = sum(1 if match["adjective"] in _PRAISE else -1 for match in opinions)
-    for match in openings:
-        verb = match.groupdict().get("verb")
-        tone += 0 if verb is None else (1 if verb in PRAISE_VERBS else -1)
-    return 0.8 if tone * (1 if sentences[-1] in PRAISE_VERDICTS else -1) > 0 else -0.8
+    praises = sentences[-1] in PRAISE_VERDICTS
+    if sum(map(_tone, openings + opinions)) * (1 if praises else -1) <= 0:
+        return -0.8
+    return 0.8 if praises else 0.0
 
 
 def _repetition(sentences: list[str]) -> float:
@@ -263,8 +270,8 @@ def _repetition(sentences: list[str]) -> float:
 
 
 def _length(num_words: int) -> float:
-    """0.5 from 14 to 30 words, falling to -1 at 4 words and at 50."""
-    if 14 <= num_words <= 30:
+    """0.5 from 12 to 28 words, falling to -1 at 2 words and at 48."""
+    if 12 <= num_words <= 28:
         return 0.5
-    distance = (14 - num_words) / 10 if num_words < 14 else (num_words - 30) / 20
+    distance = (12 - num_words) / 10 if num_words < 12 else (num_words - 28) / 20
     return max(-1.0, 0.5 - 1.5 * distance)

@@ -41,6 +41,8 @@ from rlhf.resume import check_resumable, load_optimizer_tensors, optimizer_tenso
 __all__ = ["Checkpoint", "RunDirectory", "check_resumable", "load_optimizer_tensors", "optimizer_tensors"]
 
 RUN_FILE = "RUN.json"
+RUN_NAMES = ("checkpoints", METRICS_FILE, TIMES_FILE, "completions.jsonl", "policy", "policy.tmp")
+"""What a run writes in its directory: must not be there before it, unless a run of ours wrote them."""
 _RUN_MARK = b'{"format": "rlhf-toolkit run", "version": 1}\n'
 
 
@@ -111,7 +113,7 @@ class RunDirectory:
             raise InputError(f"{where} is a file. Give a directory.")
         mark = self.path / RUN_FILE
         ours = mark.is_file() and mark.read_bytes() == _RUN_MARK
-        foreign = [name for name in (self.checkpoints.name, METRICS_FILE, TIMES_FILE) if (self.path / name).exists()]
+        foreign = [name for name in RUN_NAMES if os.path.lexists(self.path / name)]
         if foreign and not ours:
             raise InputError(f"{where} holds {foreign}, which no run of this toolkit wrote. Choose another output_dir.")
         if resume is True and not ours:
@@ -119,7 +121,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock(where)
         inside = isinstance(resume, str) and self.checkpoints.resolve() in Path(resume).resolve().parents
-        written = [file for name in (METRICS_FILE, TIMES_FILE) if (file := self.path / name).is_file()]
+        written = [file for name in RUN_NAMES if (file := self.path / name).is_file()]
         begun = bool(self._steps()) or any(file.stat().st_size for file in written)
         if begun and not (resume is True or inside or overwrite):
             raise InputError(

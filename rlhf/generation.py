@@ -157,7 +157,8 @@ def invert_cdf(logits: Tensor, draw: Tensor, *, temperature: float = 1.0) -> Ten
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
     total = cumulative[:, -1]
     target = torch.minimum(draw * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
+    chosen = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
+    return chosen.clamp(max=logits.shape[-1] - 1)  # logits that are NaN lead beyond; their log-prob stops the run
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:

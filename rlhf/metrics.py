@@ -120,30 +120,25 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
-class MetricsWriter:
-    """Appends to metrics.jsonl and times.jsonl of one run. One process of a run makes one."""
+class JsonLines:
+    """A file of JSON objects, one per line and each with its "step", that a resumed run continues to the byte."""
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._files = {name: open(self.directory / name, "ab") for name in (METRICS_FILE, TIMES_FILE)}  # noqa: SIM115
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab")  # noqa: SIM115
 
-    def write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float] | None = None) -> None:
-        """One line per file. Numbers keep all their digits; a NaN or infinity becomes null, since JSON has none."""
-        for name, values in ((METRICS_FILE, metrics), (TIMES_FILE, times)):
-            if values is None:
-                continue
-            record: dict[str, float | int | None] = {key: _number(value) for key, value in values.items()}
-            try:
-                self._files[name].write(json.dumps({**record, "step": step}, sort_keys=True).encode() + b"\n")
-                self._files[name].flush()
-            except OSError as error:
-                raise TrainingError(f"{self.directory / name} cannot be written at step {step}: {error}") from error
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """Sorted keys, all digits; on the disk's cache when it returns."""
+        try:
+            self._file.write(json.dumps({**record, "step": step}, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be written at step {step}: {error}") from error
 
     def sync(self) -> None:
         """Put what was written on the disk: call it before the checkpoint of the step is written."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        os.fsync(self._file.fileno())
 
     def truncate_to(self, step: int) -> None:
         """Cut every line later than `step` (-1: all), so that a resumed run writes them again, byte for byte.
@@ -151,14 +146,40 @@ class MetricsWriter:
         A torn last line (killed while writing) is cut too. Raises InputError, touching nothing, if a line that must
         stay cannot be read.
         """
-        ends = {name: _end_of_step(self.directory / name, step) for name in self._files}
-        for name, end in ends.items():
-            self._files[name].truncate(end)
+        self._file.truncate(_end_of_step(self.path, step))
         self.sync()
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        self._file.close()
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and times.jsonl of one run. One process of a run makes one."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._metrics = JsonLines(Path(directory) / METRICS_FILE)
+        self._times = JsonLines(Path(directory) / TIMES_FILE)
+
+    def write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float] | None = None) -> None:
+        """One line per file. A NaN or infinity becomes null, since JSON has none."""
+        self._metrics.write(step, {name: _number(value) for name, value in metrics.items()})
+        if times is not None:
+            self._times.write(step, {name: _number(value) for name, value in times.items()})
+
+    def sync(self) -> None:
+        self._metrics.sync()
+        self._times.sync()
+
+    def truncate_to(self, step: int) -> None:
+        """See JsonLines; nothing is touched if either file cannot be cut there."""
+        for file in (self._metrics, self._times):
+            _end_of_step(file.path, step)
+        self._metrics.truncate_to(step)
+        self._times.truncate_to(step)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._times.close()
 
 
 def _number(value: float) -> float | int | None:

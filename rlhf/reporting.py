@@ -7,34 +7,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from rlhf.metrics import MetricsWriter, unknown_names
+from rlhf.metrics import JsonLines, MetricsWriter, unknown_names
 
 COMPLETIONS_FILE = "completions.jsonl"
-
-
-class JsonLines:
-    def __init__(self, path):
-        self.file = open(path, "ab")
-        self.path = path
-
-    def truncate_to(self, step):
-        from rlhf.metrics import _end_of_step
-
-        self.file.truncate(_end_of_step(self.path, step))
-
-    def write(self, row):
-        import json
-
-        self.file.write(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
-
-    def sync(self):
-        import os
-
-        os.fsync(self.file.fileno())
-
-    def close(self):
-        self.file.close()
 
 
 def say(text: str) -> None:
@@ -61,7 +36,7 @@ class RunLog:
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         self._metrics.write(step, metrics, {"step_s": seconds})
         for row in completions:
-            self._completions.write({**row, "step": step})
+            self._completions.write(step, row)
         shown = {"score": metrics["score"], "kl": metrics.get("reward_kl"), "s/step": seconds}
         self._bar.set_postfix(
             {name: f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False

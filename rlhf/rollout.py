@@ -214,7 +214,7 @@ def _forward(
 
 def check_finite(trajectories: Trajectories, step: int) -> None:
     """Name the first completion whose numbers are not finite, before anything is learnt from it."""
-    for name in ("rewards", "old_logprobs", "ref_logprobs", "values"):
+    for name in ("rewards", "sampling_logprobs", "old_logprobs", "ref_logprobs", "values"):
         tensor = getattr(trajectories, name)
         if tensor is not None and not torch.isfinite(tensor).all():
             row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])

@@ -61,7 +61,7 @@ class Encoder:
                 f"{excerpt(before)} is not the beginning of {excerpt(whole)}. Training would then not see what "
                 "generation sees. Use a chat_template whose generation prompt is the beginning of an assistant turn."
             )
-        prompt_ids, whole_ids = self.prompts([prompt])[0], self.encode([whole])[0]
+        prompt_ids, whole_ids = self.encode([before, whole])
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, whole_ids[len(prompt_ids) :]
         return prompt_ids, self._encode([whole[len(before) :]])[0]  # a token would join both: the model cannot emit it

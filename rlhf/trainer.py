@@ -223,6 +223,8 @@ class Trainer:
         return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
     def _reward(self, reward: Reward) -> Callable[..., Any]:
+        if isinstance(reward, RewardModel):
+            return reward.for_policy(self.tokenizer)
         if not isinstance(reward, str):
             return reward
         return RewardModel.load(reward, self.distributed.device, policy_tokenizer=self.tokenizer)
@@ -278,6 +280,7 @@ class Trainer:
                 self.policy.named_parameters(),
                 checkpoint.tensors("optimizer"),
                 checkpoint.state["optimizer"],
+                keep={"weight_decay"},
             )
             self.state, self.step = checkpoint.state["algorithm"], checkpoint.step
             self._saved_step = self.step

@@ -4,6 +4,7 @@ The optimizer step does not depend on how rows are spread over processes or cut 
 whole batch, membership of a minibatch is a function of (seed, step, epoch), and denominators are those of the minibatch.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,32 +61,37 @@ def update(
     Raises TrainingError, before the weights are touched, if a gradient is not finite.
     """
     sums = MetricSums()
-    optimizer_steps, stopped = 0, False
-    whole = None
-    if config.minibatch_size >= batch.rows:  # every minibatch is the whole batch: made once, in no particular order
-        whole = _minibatch(batch, algorithm.whiten_minibatch)
+    optimizer_steps = 0
+    for epoch, minibatch in _minibatches(batch, algorithm.whiten_minibatch, config, seed, step):
+        optimizer.zero_grad(set_to_none=True)
+        kl = _accumulate_gradients(policy, algorithm, minibatch, config.microbatch_tokens, distributed, sums)
+        if config.target_kl is not None and distributed.all_sum(kl) > 1.5 * config.target_kl:
+            break
+        norm = distributed.clip_gradients(policy, config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"The gradient of step {step}, epoch {epoch}, optimizer step {optimizer_steps} is not finite; the "
+                "weights were not touched. Lower learning_rate, or look for a reward or model output of extreme size."
+            )
+        optimizer.step()
+        optimizer_steps += 1
+        sums.add({"grad_norm": (norm, norm.new_ones(()))})
+    optimizer.zero_grad(set_to_none=True)
+    return {**batch.metrics, **sums.reduce(distributed.all_sum), "optimizer_steps": float(optimizer_steps)}
+
+
+def _minibatches(
+    batch: TrainingBatch, whiten_advantages: bool, config: UpdateConfig, seed: int, step: int
+) -> Iterator[tuple[int, TrainingBatch]]:
+    """(epoch, minibatch) of every optimizer step, in an order that (seed, step, epoch) decides."""
+    if config.minibatch_size >= batch.rows:  # each is the whole batch: made once, its order does not matter
+        whole = _minibatch(batch, whiten_advantages)
+        yield from ((epoch, whole) for epoch in range(config.num_epochs))
+        return
     orders = permutation(batch.rows, seed, MINIBATCH, step, torch.arange(config.num_epochs)).to(batch.actions.device)
     for epoch, order in enumerate(orders):
         for rows in order.split(config.minibatch_size):
-            minibatch = whole or _minibatch(batch.select(rows), algorithm.whiten_minibatch)
-            optimizer.zero_grad(set_to_none=True)
-            kl = _accumulate_gradients(policy, algorithm, minibatch, config.microbatch_tokens, distributed, sums)
-            if config.target_kl is not None and distributed.all_sum(kl) > 1.5 * config.target_kl:
-                stopped = True
-                break
-            norm = distributed.clip_gradients(policy, config.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise TrainingError(
-                    f"The gradient of step {step}, epoch {epoch}, optimizer step {optimizer_steps} is not finite; the "
-                    "weights were not touched. Lower learning_rate, or look for a reward or model output of extreme size."
-                )
-            optimizer.step()
-            optimizer_steps += 1
-            sums.add({"grad_norm": (norm, norm.new_ones(()))})
-        if stopped:
-            break
-    optimizer.zero_grad(set_to_none=True)
-    return {**batch.metrics, **sums.reduce(distributed.all_sum), "optimizer_steps": float(optimizer_steps)}
+            yield epoch, _minibatch(batch.select(rows), whiten_advantages)
 
 
 def _minibatch(minibatch: TrainingBatch, whiten_advantages: bool) -> TrainingBatch:

@@ -389,11 +389,11 @@ def test_resume_without_a_run_is_an_error_and_makes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "times.jsonl"])
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "times.jsonl", "completions.jsonl", "policy"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_we_did_not_write_is_never_touched(tmp_path, name, overwrite):
     mine = tmp_path / name
-    mine.mkdir() if name == "checkpoints" else mine.write_text("mine")
+    mine.mkdir() if "." not in name else mine.write_text("mine")
     with pytest.raises(InputError, match=f"{name}.*another output_dir"):
         RunDirectory(tmp_path).open(overwrite=overwrite)
     assert list(tmp_path.iterdir()) == [mine]

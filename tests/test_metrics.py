@@ -202,7 +202,7 @@ def test_a_full_disk_is_a_training_error_that_names_file_and_step(tmp_path, monk
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    writer._files["metrics.jsonl"] = Full()
+    monkeypatch.setattr(writer._metrics, "_file", Full())
     with pytest.raises(TrainingError, match=r"metrics\.jsonl.*step 5.*No space left"):
         write(writer, [5])
 

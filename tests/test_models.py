@@ -1,6 +1,6 @@
 """The policy's scoring forward against the definition: each sequence alone, through stock transformers, one row at a time.
 
-ALGORITHMS.md D17: nothing that a batch does to a row (neighbours, padding, its token id, pad = EOS, chunks) may change the
+Nothing that a batch does to a row (neighbours, padding, its token id, pad = EOS, chunks) may change the
 row's log-probs, values or reward score.
 """
 
@@ -31,7 +31,9 @@ PROMPTS = tiny.sequences(6, seed=1)
 COMPLETIONS = [[*row, tiny.EOS] for row in tiny.sequences(5, seed=2)] + [[tiny.EOS]]
 
 
-def make_policy(family: str, dtype: torch.dtype = torch.float64, *, temperature: float = TEMPERATURE, **changes) -> Policy:
+def make_policy(
+    family: str, dtype: torch.dtype = torch.float64, *, temperature: float = TEMPERATURE, **changes
+) -> Policy:
     policy = Policy(tiny.causal_lm(family, dtype=dtype, **changes), temperature=temperature, value_head=True)
     tiny.randomise(policy.value_head)
     return policy
@@ -138,7 +140,9 @@ def test_dropout_never_acts_whatever_mode_is_asked_for(family):
     policy.train()
     policy.train(True)
     assert not any(module.training for module in policy.modules())
-    torch.testing.assert_close(forward(policy, PROMPTS, COMPLETIONS, grad=True).logprobs, quiet.logprobs, rtol=0, atol=0)
+    torch.testing.assert_close(
+        forward(policy, PROMPTS, COMPLETIONS, grad=True).logprobs, quiet.logprobs, rtol=0, atol=0
+    )
 
 
 def test_a_model_left_in_training_mode_is_put_into_eval_mode():

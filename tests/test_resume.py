@@ -93,6 +93,31 @@ def test_optimizer_state_is_keyed_by_parameter_name():
     assert json.loads(json.dumps(rest)) == rest
 
 
+class Counting(torch.optim.Optimizer):
+    """Gradient steps of size 1 / (number of the step), which it keeps as a Python integer."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            entry = self.state[parameter]
+            entry["step"] = entry.get("step", 0) + 1
+            parameter -= parameter.grad / entry["step"]
+
+
+def test_state_that_is_not_a_tensor_comes_back_too():
+    weight, other = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer, fresh = Counting([weight]), Counting([other])
+    weight.grad = other.grad = torch.ones(1)
+    optimizer.step()
+    moments, rest = optimizer_tensors(optimizer, [("w", weight)])
+    load_optimizer_tensors(fresh, [("w", other)], moments, json.loads(json.dumps(rest)))
+    fresh.step()
+    assert moments == {} and other.item() == -1 / 2  # its second step
+
+
 def test_a_hyper_parameter_can_be_changed_on_resume():
     network, optimizer = network_and_optimizer("adamw")
     train(network, optimizer, 0, 1)

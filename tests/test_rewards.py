@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -404,6 +406,13 @@ def test_scores_equal_those_of_stock_transformers_on_each_row_alone(build, micro
     found = RewardModel(model, microbatch_tokens=microbatch_tokens).score(SEQUENCES)
     assert found == pytest.approx(stock_scores(model, SEQUENCES), abs=1e-5)
     assert np.std(found) > 1e-3  # else any row would do
+
+
+def test_padding_cannot_change_a_score_of_a_model_that_looks_both_ways():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForSequenceClassification(BertConfig(vocab_size=40, num_labels=1, pad_token_id=39, **sizes)).eval()
+    assert RewardModel(model).score(SEQUENCES) == pytest.approx(stock_scores(model, SEQUENCES), abs=1e-5)
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])

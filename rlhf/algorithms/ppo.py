@@ -164,7 +164,9 @@ class PPO:
             "clip_fraction_low": low,
             "clip_fraction_high": high,
         }
-        metrics = {name: (torch.where(mask, value, 0.0).sum(), count) for name, value in elements.items()}
+        stacked = torch.stack([element.to(lr.dtype) for element in elements.values()])
+        sums = torch.where(mask, stacked, 0.0).sum((1, 2)).unbind()  # one reduction for all of them
+        metrics = {name: (total, count) for name, total in zip(elements, sums, strict=True)}
         for name, part in parts.items():
             share = batch.weightings[name].count.sum() / batch.denominators[name]
             metrics["entropy" if name == "entropy" else f"{name}_loss"] = (part, share)

@@ -192,19 +192,19 @@ class DictObservations(Clock):
 
 
 BAD_SETTINGS = {
-    "an unknown environment": (dict(env="CartPol-v1"), ["CartPol-v1", "CartPole-v1"]),
-    "an unknown version": (dict(env="CartPole-v9"), ["CartPole-v9"]),
-    "no steps": (dict(total_steps=0), ["total_steps", "0"]),
-    "no environments": (dict(num_envs=0), ["num_envs", "0"]),
-    "an empty rollout": (dict(rollout_steps=0), ["rollout_steps", "0"]),
-    "an unknown autoreset mode": (dict(autoreset="disabled"), ["autoreset", "disabled", "next_step"]),
-    "a minibatch that does not divide": (dict(num_envs=7), ["minibatch_size", "256", "224"]),
-    "a minibatch larger than the rollout": (dict(rollout_steps=8), ["minibatch_size", "256", "64"]),
-    "a learning rate of zero": (dict(learning_rate=0.0), ["learning_rate", "0.0"]),
-    "a learning rate that is no number": (dict(learning_rate=float("nan")), ["learning_rate", "nan"]),
-    "a negative seed": (dict(seed=-1), ["seed", "-1"]),
-    "an empty layer": (dict(hidden_sizes=(64, 0)), ["hidden_sizes", "0"]),
-    "a penalty without a reference": (dict(ppo=PPOConfig()), ["kl_coef", "0.05"]),
+    "an unknown environment": ({"env": "CartPol-v1"}, ["CartPol-v1", "CartPole-v1"]),
+    "an unknown version": ({"env": "CartPole-v9"}, ["CartPole-v9"]),
+    "no steps": ({"total_steps": 0}, ["total_steps", "0"]),
+    "no environments": ({"num_envs": 0}, ["num_envs", "0"]),
+    "an empty rollout": ({"rollout_steps": 0}, ["rollout_steps", "0"]),
+    "an unknown autoreset mode": ({"autoreset": "disabled"}, ["autoreset", "disabled", "next_step"]),
+    "a minibatch that does not divide": ({"num_envs": 7}, ["minibatch_size", "256", "224"]),
+    "a minibatch larger than the rollout": ({"rollout_steps": 8}, ["minibatch_size", "256", "64"]),
+    "a learning rate of zero": ({"learning_rate": 0.0}, ["learning_rate", "0.0"]),
+    "a learning rate that is no number": ({"learning_rate": float("nan")}, ["learning_rate", "nan"]),
+    "a negative seed": ({"seed": -1}, ["seed", "-1"]),
+    "an empty layer": ({"hidden_sizes": (64, 0)}, ["hidden_sizes", "0"]),
+    "a penalty without a reference": ({"ppo": PPOConfig()}, ["kl_coef", "0.05"]),
 }
 
 
