@@ -54,6 +54,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
     hints = dict(_settings(config_class))
     for file in files:
         _check_file(Path(file), hints)
+    overrides = list(_spelled_out(overrides, hints))
     _check_options(overrides, hints)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
@@ -122,6 +123,13 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             others.append(argument)
     return files, others
+
+
+def _spelled_out(arguments: Sequence[str], hints: dict[str, Any]) -> Iterator[str]:
+    """A bare `--resume` means `--resume=true`, for settings that may be true."""
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
+        bare = argument.startswith("--") and "=" not in argument and following.startswith("--")
+        yield f"{argument}=true" if bare and bool in _members(hints.get(argument[2:])) else argument
 
 
 def _check_options(arguments: list[str], hints: dict[str, Any]) -> None:

@@ -208,3 +208,16 @@ def test_run_command_passes_the_settings_on_or_does_not_run_at_all(monkeypatch, 
         cli.run_command(Recipe, seen.append)
     assert seen == [Recipe(steps=5)] and exit_.value.code == 2
     assert "steps=five" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    resume: bool | str = False
+    overwrite: bool = False
+    steps: int = 1
+
+
+def test_a_bare_switch_means_true_and_a_value_is_taken_as_given():
+    assert cli.parse(Switches, ["--resume", "--steps", "3"]) == Switches(resume=True, steps=3)
+    assert cli.parse(Switches, ["--steps", "3", "--overwrite"]) == Switches(overwrite=True, steps=3)
+    assert cli.parse(Switches, ["--resume", "runs/a", "--overwrite", "false"]) == Switches(resume="runs/a")
