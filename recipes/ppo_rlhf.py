@@ -11,6 +11,8 @@ Every setting of rlhf/config.py works as `--name value` and in a YAML file given
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import transformers
+
 from rlhf.cli import run_command
 from rlhf.config import PPOTrainerConfig
 from rlhf.errors import InputError
@@ -72,6 +74,7 @@ def train(config: PPORecipe) -> None:
 
 
 def main(config: PPORecipe) -> None:
+    transformers.utils.logging.disable_progress_bar()  # the run has its own
     if config.policy is not None:
         train(config)
     else:

@@ -30,9 +30,9 @@ def _aspect(praise: str, blame: str, praise_reasons: str, blame_reasons: str) ->
 
 
 ITEMS = {
-    "restaurant": ("cafe", "bakery", "diner", "bistro", "pizzeria", "tavern", "steakhouse", "canteen"),
-    "film": ("film", "thriller", "comedy", "drama", "documentary", "western", "musical", "sequel"),
-    "device": ("phone", "laptop", "camera", "tablet", "watch", "console", "radio", "printer"),
+    "restaurant": ("cafe", "bakery", "diner", "bistro", "pizzeria", "tavern"),
+    "film": ("film", "thriller", "comedy", "drama", "western", "musical"),
+    "device": ("phone", "laptop", "camera", "tablet", "watch", "radio"),
 }
 ASPECTS = {
     "restaurant": {
@@ -40,25 +40,19 @@ ASPECTS = {
             "tasty fresh", "bland greasy", "the chef cooks with local herbs / it came from the garden", "salt was missing"
         ),
         "service": _aspect("quick polite", "slow rude", "the waiter knew every dish / nobody had to wait", "we waited an hour"),
-        "bread": _aspect("crusty warm", "stale dry", "they bake it every morning / it left the oven late", "it was a day old"),
         "coffee": _aspect("rich smooth", "weak bitter", "they roast the beans / the milk is from a farm", "it was reheated"),
         "room": _aspect("cozy bright", "noisy cramped", "the windows face the park / the tables are far apart", "it had no air"),
-        "menu": _aspect("varied clever", "dull confusing", "it changes with the season / it suits everyone", "half was sold out"),
     },
     "film": {
         "plot": _aspect("gripping original", "predictable silly", "every scene has a purpose / you never guess", "we saw it coming"),
         "acting": _aspect("natural moving", "wooden stiff", "the lead knows her part / the actors trust each other", "nobody cared"),
-        "music": _aspect("haunting lively", "cheesy shrill", "the composer uses only strings / it follows the mood", "it hid the voices"),
         "ending": _aspect("surprising tender", "rushed hollow", "it answers every question / it takes courage", "ideas ran out"),
         "dialogue": _aspect("sharp witty", "clumsy flat", "people talk like real people / every line counts", "it was a lecture"),
-        "pacing": _aspect("tight steady", "uneven tiring", "no minute is wasted / the cuts are well timed", "the middle part drags"),
     },
     "device": {
         "battery": _aspect("reliable strong", "feeble unsafe", "it runs for two days / it charges in minutes", "it died by noon"),
         "screen": _aspect("vivid clear", "dim blurry", "you can read it outdoors / the colors look true", "it flickers at night"),
         "design": _aspect("elegant sturdy", "ugly flimsy", "it is made of solid metal / the edges are round", "the cover broke"),
-        "software": _aspect("intuitive stable", "buggy bloated", "updates arrive every month / nothing is hidden", "it crashed twice"),
-        "sound": _aspect("balanced full", "tinny muffled", "the speakers are well placed / the bass stays clean", "it rattles a lot"),
         "price": _aspect("fair low", "steep absurd", "repairs are included / others charge twice as much", "you pay for the name"),
     },
 }

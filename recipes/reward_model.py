@@ -15,7 +15,16 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from supervised import SupervisedConfig, check_output_dir, fit, match_special_tokens, run_command, save, training_arguments
+from supervised import (
+    SupervisedConfig,
+    check_output_dir,
+    fit,
+    match_special_tokens,
+    run_command,
+    save,
+    training_arguments,
+    with_lengths,
+)
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -138,10 +147,12 @@ def fit_reward_model(
             "at EOS. Give it a pad token of its own (one that texts do not contain) and save it again."
         )
     disable_dropout(model)
-    train_set = tokenize_preferences(train_rows, tokenizer, max_tokens=config.max_tokens)
-    eval_set = None
-    if eval_rows is not None:
-        eval_set = tokenize_preferences(eval_rows, tokenizer, max_tokens=config.max_tokens)
+    train_set, eval_set = (
+        with_lengths(tokenize_preferences(rows, tokenizer, max_tokens=config.max_tokens, setting=setting), "chosen_ids")
+        if rows is not None
+        else None
+        for rows, setting in ((train_rows, "dataset"), (eval_rows, "eval_dataset"))
+    )
     trainer = RewardTrainer(
         model=model,
         args=training_arguments(config),
@@ -169,7 +180,7 @@ def fit_reward_model(
 def train_reward_model(config: RewardModelConfig) -> Path:
     """Load what `config` names, train, and return the folder of the result."""
     check_output_dir(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, setting="model")
     train_rows = load_rows(config.dataset)
     eval_rows = None if config.eval_dataset is None else load_rows(config.eval_dataset, setting="eval_dataset")
     return fit_reward_model(load_reward_model(config.model, config.seed), tokenizer, train_rows, config, eval_rows)

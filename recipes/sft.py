@@ -12,12 +12,21 @@ from typing import Any
 
 import datasets
 import torch
-from supervised import SupervisedConfig, check_output_dir, fit, match_special_tokens, run_command, save, training_arguments
+from supervised import (
+    SupervisedConfig,
+    check_output_dir,
+    fit,
+    match_special_tokens,
+    run_command,
+    save,
+    training_arguments,
+    with_lengths,
+)
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlhf.data import load_rows, tokenize_completions
-from rlhf.models import load_tokenizer
+from rlhf.models import load_causal_lm, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +61,12 @@ def fine_tune(
     """Train `model` in place on rows of text, print one line, save to `config.output_dir` and return that folder."""
     check_output_dir(config)
     match_special_tokens(model, tokenizer)
-    train_set = tokenize_completions(train_rows, tokenizer, max_tokens=config.max_tokens)
-    eval_set = None
-    if eval_rows is not None:
-        eval_set = tokenize_completions(eval_rows, tokenizer, max_tokens=config.max_tokens)
+    train_set, eval_set = (
+        with_lengths(tokenize_completions(rows, tokenizer, max_tokens=config.max_tokens, setting=setting), "input_ids")
+        if rows is not None
+        else None
+        for rows, setting in ((train_rows, "dataset"), (eval_rows, "eval_dataset"))
+    )
     trainer = Trainer(
         model=model,
         args=training_arguments(config),
@@ -79,10 +90,10 @@ def fine_tune(
 def train_sft(config: SFTConfig) -> Path:
     """Load what `config` names, fine-tune, and return the folder of the result."""
     check_output_dir(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, setting="model")
     train_rows = load_rows(config.dataset)
     eval_rows = None if config.eval_dataset is None else load_rows(config.eval_dataset, setting="eval_dataset")
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)  # updates vanish in bfloat16 weights
+    model = load_causal_lm(config.model, setting="model")
     return fine_tune(model, tokenizer, train_rows, config, eval_rows)
 
 

@@ -9,6 +9,7 @@ they stand. Errors of the user are one short message on stderr: status 2, or 1 w
 """
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -126,10 +127,26 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _spelled_out(arguments: Sequence[str], hints: dict[str, Any]) -> Iterator[str]:
-    """A bare `--resume` means `--resume=true`, for settings that may be true."""
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
-        bare = argument.startswith("--") and "=" not in argument and following.startswith("--")
-        yield f"{argument}=true" if bare and bool in _members(hints.get(argument[2:])) else argument
+    """Two shorthands: a bare `--resume` means `--resume=true` where a setting may be true, and `--reward a --reward b`
+    means `--reward=["a", "b"]` where it is a list of text."""
+    lists: set[str] = set()
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        name, equals, value = argument[2:].partition("=")
+        hint = hints.get(name) if argument.startswith("--") else None
+        if hint is None or _is_group(hint):
+            yield argument
+            continue
+        if not equals and remaining and not remaining[0].startswith("--"):
+            equals, value = "=", remaining.pop(0)
+        if not equals:
+            yield f"{argument}=true" if bool in _members(hint) else argument
+        elif hint == list[str] and not value.startswith("["):
+            yield f"--{name}+={value}" if name in lists else f"--{name}={json.dumps([value])}"
+            lists.add(name)
+        else:
+            yield f"--{name}={value}"
 
 
 def _check_options(arguments: list[str], hints: dict[str, Any]) -> None:

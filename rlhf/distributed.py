@@ -1,5 +1,6 @@
 """Processes and devices: the only file that knows accelerate. With one process everything here is the identity."""
 
+import atexit
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -38,6 +39,8 @@ class Distributed:
         self.device = self.accelerator.device
         self.strategy = self.accelerator.distributed_type.value
         self._plain = self.world_size == 1 and precision == "float32"
+        if self.world_size > 1:
+            atexit.register(_leave_group)
 
     def prepare(self, policy: Module, optimizer: Optimizer) -> tuple[Module, Optimizer]:
         """The policy to train with (its parameters equal on all processes) and its optimizer."""
@@ -115,4 +118,12 @@ class Distributed:
         self.accelerator.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        self.accelerator.end_training()
+        """Ends the trackers. The process group lives on: these processes may evaluate, or train something else."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

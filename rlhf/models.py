@@ -168,3 +168,13 @@ def check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             f"tokenizer: it has {len(tokenizer)} tokens, but the policy embeds only {size}. Use the policy's own "
             "tokenizer, or call policy.resize_token_embeddings(len(tokenizer)) before training."
         )
+
+
+def check_precision(lm: PreTrainedModel) -> None:
+    """Weights that are trained must be float32 or wider."""
+    narrow = sorted({str(p.dtype) for p in lm.parameters() if p.requires_grad and p.dtype.itemsize < 4})
+    if narrow:
+        raise InputError(
+            f"policy: its weights are {', '.join(narrow)}, in which small updates vanish. Load it in float32, or call "
+            'policy.float(); precision="bfloat16" still computes in bfloat16.'
+        )

@@ -24,6 +24,7 @@ from rlhf.errors import InputError, TrainingError
 from rlhf.generation import Draws, end_tokens
 from rlhf.models import (
     Policy,
+    check_precision,
     check_vocabulary,
     fingerprint,
     frozen_copy,
@@ -136,10 +137,14 @@ class Trainer:
         resume: True continues from the newest complete checkpoint of output_dir, a path from that checkpoint.
         overwrite: replace the run that output_dir already holds.
         """
-        self._open(resume, overwrite)
-        self._notify("on_train_start")
         metrics: dict[str, float] = {}
         try:
+            self._open(resume, overwrite)
+        except BaseException:
+            self.run.close()  # a refused run does not keep the directory locked
+            raise
+        try:
+            self._notify("on_train_start")
             while self.step < self.config.total_steps and not self.should_stop:
                 metrics = self.train_step()
                 done = self.step + 1
@@ -259,6 +264,7 @@ class Trainer:
 
     def _check_model(self, lm: PreTrainedModel) -> None:
         check_vocabulary(lm, self.tokenizer)
+        check_precision(lm)
         end_tokens(lm, self.tokenizer.eos_token_id)
         longest = self.data.longest + self.config.generation.max_new_tokens
         limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
@@ -270,8 +276,12 @@ class Trainer:
 
     def _open(self, resume: bool | str, overwrite: bool) -> None:
         """Claim the output directory and, when resuming, continue exactly where the checkpoint was written."""
-        self._checked, self._between_steps = False, True
+        self._checked, self._between_steps, self.should_stop = False, True, False
+        if not resume:
+            self._require_untrained()
         checkpoint = self.run.open(resume=resume, overwrite=overwrite)
+        if checkpoint is None:
+            self._require_untrained()
         if checkpoint is not None:
             notes = check_resumable(checkpoint.config, self._description(), must_match=MUST_MATCH)
             load_named_tensors(self.policy, checkpoint.tensors("policy"))
@@ -289,6 +299,13 @@ class Trainer:
         self.distributed.start_tracking("rlhf", self._description())
         if self.distributed.is_main:
             self.log = RunLog(self.config.output_dir, first_step=self.step, total_steps=self.config.total_steps)
+
+    def _require_untrained(self) -> None:
+        if self._own_optimizer.state:
+            raise InputError(
+                "train: this trainer has changed its policy already, so it cannot start at step 0. Continue with "
+                "resume=True, or make a new trainer with the policy to start from."
+            )
 
     def save_checkpoint(self) -> None:
         """Everything that the steps so far left behind; random draws leave nothing."""

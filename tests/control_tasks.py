@@ -97,12 +97,33 @@ class Nothing(Table):
         return 0.0, 1 - self.state, False
 
 
+class Switches(Table):
+    """Eight states in turn, each with its own right action; it pays 10, the other one 9."""
+
+    num_states, time_limit = 8, 4
+
+    def first_state(self) -> int:
+        return int(self.np_random.integers(8))
+
+    def move(self, action: int) -> tuple[float, int, bool]:
+        return (10.0 if action == self.state % 2 else 9.0), (self.state + 1) % 8, False
+
+
+class Constant(Table):
+    """Every step pays 5; with gamma 0 that is the value, exactly, and nothing is left to noise."""
+
+    num_states, time_limit = 1, 5
+
+    def move(self, action: int) -> tuple[float, int, bool]:
+        return 5.0, 0, False
+
+
 @dataclass(frozen=True)
 class Result:
     probabilities: Tensor
     """(states, actions) of the policy in the end."""
     values: Tensor
-    """(states,) in the end."""
+    """(updates, states)."""
     kl: list[float]
     """Exact KL(old || new) of every update, mean over states."""
     history: list[dict[str, float]]
@@ -113,11 +134,13 @@ def run(env: Callable[[], Table], updates: int, *, ppo: dict[str, Any] | None = 
     states = torch.eye(env.num_states)  # type: ignore[attr-defined]
     history: list[dict[str, float]] = []
     policies: list[Tensor] = []
+    values: list[Tensor] = []
 
     def record(agent: Agent, metrics: dict[str, float]) -> bool:
         history.append(metrics)
         with torch.no_grad():
             policies.append(agent.policy.policy_net(states).double().log_softmax(-1))
+            values.append(agent.policy.values(states))
         return len(history) < updates
 
     num_envs, rollout_steps = settings.pop("num_envs", 8), settings.pop("rollout_steps", 30)
@@ -137,8 +160,6 @@ def run(env: Callable[[], Table], updates: int, *, ppo: dict[str, Any] | None = 
             **settings,
         },
     )
-    agent = train(config, env=env, callbacks=[record])
+    train(config, env=env, callbacks=[record])
     kl = [float((old.exp() * (old - new)).sum(-1).mean()) for old, new in zip(policies, policies[1:], strict=False)]
-    with torch.no_grad():
-        values = agent.policy.values(states)
-    return Result(policies[-1].exp(), values, kl, history)
+    return Result(policies[-1].exp(), torch.stack(values), kl, history)

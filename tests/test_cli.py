@@ -221,3 +221,20 @@ def test_a_bare_switch_means_true_and_a_value_is_taken_as_given():
     assert cli.parse(Switches, ["--resume", "--steps", "3"]) == Switches(resume=True, steps=3)
     assert cli.parse(Switches, ["--steps", "3", "--overwrite"]) == Switches(overwrite=True, steps=3)
     assert cli.parse(Switches, ["--resume", "runs/a", "--overwrite", "false"]) == Switches(resume="runs/a")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    reward: list[str] = field(default_factory=list)
+    steps: int = 1
+
+
+def test_a_list_is_given_value_by_value_or_as_one(tmp_path):
+    assert cli.parse(Lists, ["--reward", "a.py:f"]) == Lists(reward=["a.py:f"])
+    assert cli.parse(Lists, ["--reward", "a.py:f", "--steps", "2", "--reward=b.py:g"]) == Lists(
+        reward=["a.py:f", "b.py:g"], steps=2
+    )
+    assert cli.parse(Lists, ["--reward", '["a", "b"]']) == Lists(reward=["a", "b"])
+    file = tmp_path / "settings.yaml"
+    file.write_text("reward: [from_file]\n")
+    assert cli.parse(Lists, ["--reward", "a", "--config", str(file)]) == Lists(reward=["a"])

@@ -1,4 +1,4 @@
-"""From completions to trajectories: where the score lies, what counts, what follows what, and which row is named if it fails."""
+"""From completions to trajectories: where the score lies, what counts, what follows what, and who is named on failure."""
 
 import math
 from types import SimpleNamespace
@@ -109,8 +109,8 @@ def test_inputs_are_prompt_then_completion_then_padding():
     [("keep", [1.0, 2.0, -3.0]), ("replace", [1.0, -1.5, -1.5]), ("subtract", [1.0, 3.5, -1.5])],
 )
 def test_only_completions_cut_by_the_limit_are_treated_as_missing_eos_says(missing_eos, expected):
-    """replace: N+ detail 23; subtract: TRL's missing_eos_penalty. What counts is how sampling ended, not the ids: the second
-    row holds an EOS of the tokenizer in its middle, and is cut all the same."""
+    """replace: N+ detail 23; subtract: TRL's missing_eos_penalty. How sampling ended counts, not the ids: the second row
+    holds an EOS in its middle, and is cut all the same."""
     completions = [
         Completion([5], [0.0], True),
         Completion([tiny.EOS, 5], [0.0] * 2, False),

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf.trainer import PPOTrainer, PPOTrainerConfig
+from rlhf.trainer import Callback, PPOTrainer, PPOTrainerConfig
 from tests import tree
 
 PROMPT = 1
@@ -47,24 +47,21 @@ def language_model(seed: int = 0) -> GPT2LMHeadModel:
         return GPT2LMHeadModel(config)
 
 
+_PREFIX_IDS = torch.tensor([[PROMPT, *prefix, *[tree.EOS] * (2 - len(prefix))] for prefix in tree.PREFIXES])
+_LAST = torch.tensor([len(prefix) for prefix in tree.PREFIXES])
+
+
 @torch.no_grad()
 def logits_of(lm: GPT2LMHeadModel) -> Tensor:
     """(7, 3) float64: the model's log-probs of the next token after each prefix, by its plain forward."""
-    lm.eval()
-    rows = [
-        lm(input_ids=torch.tensor([[PROMPT, *prefix]])).logits[0, -1].double().log_softmax(-1) for prefix in tree.PREFIXES
-    ]
-    return torch.stack(rows)
+    return lm.eval()(input_ids=_PREFIX_IDS).logits[torch.arange(7), _LAST].double().log_softmax(-1)
 
 
 @torch.no_grad()
 def values_of(trainer: PPOTrainer) -> Tensor:
     """(7,) float64: the value head at each prefix."""
-    hidden = [
-        trainer.policy.lm.base_model(input_ids=torch.tensor([[PROMPT, *prefix]])).last_hidden_state[0, -1]
-        for prefix in tree.PREFIXES
-    ]
-    return trainer.policy.value_head(torch.stack(hidden)).double()
+    hidden = trainer.policy.lm.base_model(input_ids=_PREFIX_IDS).last_hidden_state[torch.arange(7), _LAST]
+    return trainer.policy.value_head(hidden).double()
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,13 @@ class Result:
     value_error: float
     """Root mean square of V - V* over prefixes, weighted by how often pi* visits them."""
     theta: Tensor
+    """(7, 3) log-probs in the end."""
     values: Tensor
-    trainer: PPOTrainer
+    """(steps, 7): the value head after every step."""
+    kl: list[float]
+    """KL(old || new) of every update, over sentences."""
     history: list[dict[str, float]]
+    """The metrics of every step."""
 
 
 def problem_of(lm: GPT2LMHeadModel, *, beta: float = 0.37, shift: float = 0.0, seed: int = 0) -> tree.Problem:
@@ -96,32 +97,30 @@ def train(problem: tree.Problem, lm: GPT2LMHeadModel, output_dir: Path, **settin
         return [float(problem.rewards[tree.SEQUENCES.index(tuple(ids))]) for ids in completion_ids]
 
     history: list[dict[str, float]] = []
+    thetas, values = [logits_of(lm)], []
     config = PPOTrainerConfig(output_dir=str(output_dir), **settings)
-    trainer = PPOTrainer(lm, reward, [{"prompt": "a"}] * config.prompts_per_step, config, tokenizer=tokenizer())
-    step = trainer.train_step
 
-    def recorded() -> dict[str, float]:
-        history.append(step())
-        return history[-1]
+    class Recorder(Callback):
+        def on_step_end(self, trainer: PPOTrainer, step: int, metrics: dict[str, float]) -> None:  # type: ignore[override]
+            history.append(metrics)
+            thetas.append(logits_of(trainer.policy.lm))
+            values.append(values_of(trainer))
 
-    trainer.train_step = recorded  # type: ignore[method-assign]
-    trainer.train()
-    return measure(problem, trainer, history)
+    rows = [{"prompt": "a"}] * config.prompts_per_step
+    PPOTrainer(lm, reward, rows, config, tokenizer=tokenizer(), callbacks=[Recorder()]).train()
 
-
-def measure(problem: tree.Problem, trainer: PPOTrainer, history: list[dict[str, float]]) -> Result:
-    theta, values = logits_of(trainer.policy.lm), values_of(trainer)
-    best = problem.best_objective()
-    error = values - problem.soft_values()[0]
-    visits = torch.zeros(7).double().index_add(
-        0, tree.STATES[tree.MASK], problem.optimum().exp().unsqueeze(1).expand(15, 3)[tree.MASK]
-    )
+    best, theta = problem.best_objective(), thetas[-1] / config.generation.temperature
+    error = values[-1] - problem.soft_values()[0]
+    chances = problem.optimum().exp().unsqueeze(1).expand(15, 3)
+    visits = torch.zeros(7).double().index_add(0, tree.STATES[tree.MASK], chances[tree.MASK])
+    to_gain = best - problem.objective(problem.reference)
+    sentences = [tree.sequence_logprobs(theta) for theta in thetas]
     return Result(
-        regret=float((best - problem.objective(theta)) / (best - problem.objective(problem.reference))),
+        regret=float((best - problem.objective(theta)) / to_gain),
         kl_to_optimum=float(tree.kl(tree.sequence_logprobs(theta), problem.optimum())),
         value_error=float(((visits * error**2).sum() / visits.sum()).sqrt()),
-        theta=theta,
-        values=values,
-        trainer=trainer,
+        theta=theta.log_softmax(-1),
+        values=torch.stack(values),
+        kl=[float(tree.kl(old, new)) for old, new in zip(sentences, sentences[1:], strict=False)],
         history=history,
     )
