@@ -23,7 +23,6 @@ from supervised import (
     run_command,
     save,
     training_arguments,
-    with_lengths,
 )
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -148,9 +147,7 @@ def fit_reward_model(
         )
     disable_dropout(model)
     train_set, eval_set = (
-        with_lengths(tokenize_preferences(rows, tokenizer, max_tokens=config.max_tokens, setting=setting), "chosen_ids")
-        if rows is not None
-        else None
+        None if rows is None else tokenize_preferences(rows, tokenizer, max_tokens=config.max_tokens, setting=setting)
         for rows, setting in ((train_rows, "dataset"), (eval_rows, "eval_dataset"))
     )
     trainer = RewardTrainer(

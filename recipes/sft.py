@@ -20,7 +20,6 @@ from supervised import (
     run_command,
     save,
     training_arguments,
-    with_lengths,
 )
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -62,9 +61,7 @@ def fine_tune(
     check_output_dir(config)
     match_special_tokens(model, tokenizer)
     train_set, eval_set = (
-        with_lengths(tokenize_completions(rows, tokenizer, max_tokens=config.max_tokens, setting=setting), "input_ids")
-        if rows is not None
-        else None
+        None if rows is None else tokenize_completions(rows, tokenizer, max_tokens=config.max_tokens, setting=setting)
         for rows, setting in ((train_rows, "dataset"), (eval_rows, "eval_dataset"))
     )
     trainer = Trainer(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -110,7 +109,6 @@ def training_arguments(config: SupervisedConfig) -> TrainingArguments:
         report_to=[],
         disable_tqdm=True,  # our own bar instead, see `prepare_trainer`
         remove_unused_columns=False,
-        train_sampling_strategy="group_by_length",  # rows of like length together: less padding to compute
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
@@ -149,11 +147,6 @@ def fit(trainer: Trainer, config: SupervisedConfig) -> dict[str, float]:
         "train_seconds": time.perf_counter() - start,
         "num_steps": float(result.global_step),
     }
-
-
-def with_lengths(rows: Dataset, column: str) -> Dataset:
-    """Add the column `length` by which the Trainer puts rows of like length together."""
-    return rows.add_column("length", [len(ids) for ids in rows[column]])
 
 
 def match_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

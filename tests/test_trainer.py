@@ -533,7 +533,8 @@ def test_completions_of_one_token_and_completions_without_an_end_are_trained_on(
         tokenizer = tiny.tokenizer()
         tokenizer.eos_token = "<bos>"  # which the model never says
         lm.generation_config.eos_token_id = None
-        lm.register_forward_hook(lambda module, args, outputs: outputs.logits[..., tiny.BOS].fill_(-1e4) and None)
+        never = torch.tensor([tiny.BOS])
+        lm.get_output_embeddings().register_forward_hook(lambda m, args, logits: logits.index_fill(-1, never, -1e4))
         changes["tokenizer"] = tokenizer
     before = {name: p.detach().clone() for name, p in lm.named_parameters()}
     metrics = tiny.trainer(tmp_path, lm=lm, total_steps=2, **changes).train()
