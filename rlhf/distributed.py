@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from rlhf.errors import InputError
 from rlhf.types import TrainingBatch
 
 
@@ -27,12 +28,20 @@ class Distributed:
         tracker_dir: str | None = None,
     ) -> None:
         """precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a name Accelerate knows."""
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision="bf16" if precision == "bfloat16" else "no",
-            log_with=tracker,
-            project_dir=tracker_dir,
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=not torch.accelerator.is_available(),
+                mixed_precision="bf16" if precision == "bfloat16" else "no",
+                log_with=tracker,
+                project_dir=tracker_dir,
+            )
+        except ValueError as error:
+            if "already been initialized" not in str(error):
+                raise
+            raise InputError(
+                f"precision={precision!r}: this process has computed in another precision, which Accelerate fixes once. "
+                "Start a new process."
+            ) from error
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process

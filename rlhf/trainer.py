@@ -224,7 +224,7 @@ class Trainer:
         if tokenizer is None:
             if not isinstance(policy, str):
                 raise InputError("tokenizer: a policy given as a module needs its tokenizer too.")
-            tokenizer = policy
+            return load_tokenizer(policy, setting="policy")
         return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
     def _reward(self, reward: Reward) -> Callable[..., Any]:

@@ -52,7 +52,9 @@ def make_trainer(case: str, output_dir: Path, *, calls: list, callbacks=(), lm=N
     def reward(completions, target, completion_ids, prompts, log_metric):
         calls.append([list(prompts), [list(ids) for ids in completion_ids]])
         for text in completions:
-            log_metric("custom/letters", len(text))
+            log_metric("letters", len(text))
+        if "hg" in prompts:  # on one process only
+            log_metric("has_hg", 1)
         return tiny.count_target(completions, target)
 
     return tiny.trainer(
@@ -159,6 +161,7 @@ def test_two_processes_report_the_metrics_that_one_reports(case):
     for line, expected in zip(both["metrics"], one["metrics"], strict=True):
         assert line == pytest.approx(expected, abs=1e-8)
         assert "custom/letters" in line
+    assert any("custom/has_hg" in line for line in one["metrics"])
     assert "eval/reward_kl" in one["metrics"][-1]
     if name == "stopped":  # the stop fired, on both at the same optimizer step
         assert min(line["optimizer_steps"] for line in one["metrics"]) < 4

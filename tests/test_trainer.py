@@ -263,6 +263,23 @@ def test_the_reward_function_is_given_what_users_expect(tmp_path):
             assert text == "".join(tiny.LETTERS[token - 3] for token in ids if token >= 3)
 
 
+def test_what_a_reward_function_logs_is_reported_under_custom(tmp_path):
+    def reward(completions, log_metric):
+        for text in completions:
+            log_metric("longest/word", len(text))
+        return [float(len(text)) for text in completions]
+
+    tiny.trainer(tmp_path, rewards=reward, total_steps=1).train()
+    (line,) = read_metrics(tmp_path)
+    assert line["custom/longest_word"] == line["score"] > 0
+
+
+def test_another_precision_in_a_process_that_has_trained_is_refused(tmp_path):
+    tiny.trainer(tmp_path)
+    with pytest.raises(InputError, match=r"precision='bfloat16'.*new process"):
+        tiny.trainer(tmp_path, precision="bfloat16")
+
+
 def test_every_prompt_is_seen_once_per_epoch_whatever_the_batch_size(tmp_path):
     recorder = Recorder()
     tiny.trainer(tmp_path, rewards=recorder, total_steps=5, prompts_per_step=4, update={"num_epochs": 1}).train()
