@@ -45,12 +45,14 @@ class Agent:
             raise InputError(
                 f"observation has shape {observation.shape}, but the agent takes {self.observation_shape}."
             )
-        rows = torch.as_tensor(observation[None] if single else observation, dtype=self.policy.dtype)
+        device = next(self.policy.parameters()).device
+        rows = torch.as_tensor(observation[None] if single else observation).to(device, self.policy.dtype)
         if deterministic:
-            actions = self.policy.greedy(rows)
+            chosen = self.policy.greedy(rows)
         else:
-            actions, _ = self.policy.sample(rows, uniform(seed, EVALUATION, step, torch.arange(len(rows))))
-        actions = actions.numpy() + self.first_action
+            draws = uniform(seed, EVALUATION, step, torch.arange(len(rows), device=device))
+            chosen, _ = self.policy.sample(rows, draws)
+        actions = chosen.cpu().numpy() + self.first_action
         return actions[0] if single else actions
 
     def save(self, directory: str | Path) -> None:

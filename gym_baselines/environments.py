@@ -99,7 +99,7 @@ def check_supported(observations: gym.Space, actions: gym.Space, name: str) -> N
 def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
     """How the vector environment resets; InputError unless the collector knows what its steps then mean."""
     mode = envs.metadata.get("autoreset_mode")
-    if mode not in AUTORESET_MODES.values():
+    if not isinstance(mode, AutoresetMode) or mode not in AUTORESET_MODES.values():
         known = ", ".join(str(mode) for mode in AUTORESET_MODES.values())
         raise InputError(
             f"The vector environment's metadata['autoreset_mode'] is {mode!r}, but only {known} are known here: which "

@@ -103,13 +103,15 @@ def _train_sft(root: Path, folder: Path, seed: int) -> None:
         dataset=str(root / "data" / "sft.jsonl"),
         output_dir=str(folder),
         learning_rate=3e-3,
-        num_epochs=2,
+        num_epochs=4,
         batch_size=64,
         microbatch_size=64,
         seed=seed,
     )
     model = LlamaForCausalLM(embedded.model_config())
-    fine_tune(model, embedded.tokenizer(), load_rows(config.dataset), config, load_rows(root / "data" / "sft_test.jsonl"))
+    fine_tune(
+        model, embedded.tokenizer(), load_rows(config.dataset), config, load_rows(root / "data" / "sft_test.jsonl")
+    )
 
 
 def _train_reward_model(root: Path, folder: Path, seed: int) -> None:
@@ -119,10 +121,10 @@ def _train_reward_model(root: Path, folder: Path, seed: int) -> None:
             dataset=str(root / "data" / "preferences_train.jsonl"),
             eval_dataset=str(root / "data" / "preferences_test.jsonl"),
             output_dir=str(folder),
-            learning_rate=5e-4,
-            num_epochs=2,
-            batch_size=64,
-            microbatch_size=64,
+            learning_rate=1e-3,
+            num_epochs=1,
+            batch_size=32,
+            microbatch_size=32,
             seed=seed,
         )
     )

@@ -49,7 +49,9 @@ class PPORecipe(PPOTrainerConfig):
             if self.dataset is None:
                 raise InputError("dataset: name the prompts to train on (a file, a directory or a hub name).")
             if self.reward_model is None and not self.reward:
-                raise InputError("reward_model and reward are both missing: name at least one, such as --reward file.py:name.")
+                raise InputError(
+                    "reward_model and reward are both missing: name at least one, such as --reward file.py:name."
+                )
         elif self.dataset or self.reward_model or self.reward:
             raise InputError("policy: name the model to train; without it only the embedded data can be used.")
 
@@ -70,7 +72,9 @@ def train(config: PPORecipe) -> None:
         eval_dataset=config.eval_dataset,
     )
     trainer.train(resume=config.resume, overwrite=config.overwrite)
-    print(f"the trained policy is in {config.output_dir}/policy; try it: python -m rlhf.sample {config.output_dir}/policy")
+    print(
+        f"the trained policy is in {config.output_dir}/policy; try it: python -m rlhf.sample {config.output_dir}/policy"
+    )
 
 
 def main(config: PPORecipe) -> None:

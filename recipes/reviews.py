@@ -9,6 +9,7 @@ model must guess from noisy comparisons of pairs. Everything random comes from t
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 
 
@@ -37,26 +38,64 @@ ITEMS = {
 ASPECTS = {
     "restaurant": {
         "food": _aspect(
-            "tasty fresh", "bland greasy", "the chef cooks with local herbs / it came from the garden", "salt was missing"
+            "tasty fresh",
+            "bland greasy",
+            "the chef cooks with local herbs / it came from the garden",
+            "salt was missing",
         ),
-        "service": _aspect("quick polite", "slow rude", "the waiter knew every dish / nobody had to wait", "we waited an hour"),
-        "coffee": _aspect("rich smooth", "weak bitter", "they roast the beans / the milk is from a farm", "it was reheated"),
-        "room": _aspect("cozy bright", "noisy cramped", "the windows face the park / the tables are far apart", "it had no air"),
+        "service": _aspect(
+            "quick polite", "slow rude", "the waiter knew every dish / nobody had to wait", "we waited an hour"
+        ),
+        "coffee": _aspect(
+            "rich smooth", "weak bitter", "they roast the beans / the milk is from a farm", "it was reheated"
+        ),
+        "room": _aspect(
+            "cozy bright", "noisy cramped", "the windows face the park / the tables are far apart", "it had no air"
+        ),
     },
     "film": {
-        "plot": _aspect("gripping original", "predictable silly", "every scene has a purpose / you never guess", "we saw it coming"),
-        "acting": _aspect("natural moving", "wooden stiff", "the lead knows her part / the actors trust each other", "nobody cared"),
-        "ending": _aspect("surprising tender", "rushed hollow", "it answers every question / it takes courage", "ideas ran out"),
-        "dialogue": _aspect("sharp witty", "clumsy flat", "people talk like real people / every line counts", "it was a lecture"),
+        "plot": _aspect(
+            "gripping original", "predictable silly", "every scene has a purpose / you never guess", "we saw it coming"
+        ),
+        "acting": _aspect(
+            "natural moving", "wooden stiff", "the lead knows her part / the actors trust each other", "nobody cared"
+        ),
+        "ending": _aspect(
+            "surprising tender", "rushed hollow", "it answers every question / it takes courage", "ideas ran out"
+        ),
+        "dialogue": _aspect(
+            "sharp witty", "clumsy flat", "people talk like real people / every line counts", "it was a lecture"
+        ),
     },
     "device": {
-        "battery": _aspect("reliable strong", "feeble unsafe", "it runs for two days / it charges in minutes", "it died by noon"),
-        "screen": _aspect("vivid clear", "dim blurry", "you can read it outdoors / the colors look true", "it flickers at night"),
-        "design": _aspect("elegant sturdy", "ugly flimsy", "it is made of solid metal / the edges are round", "the cover broke"),
-        "price": _aspect("fair low", "steep absurd", "repairs are included / others charge twice as much", "you pay for the name"),
+        "battery": _aspect(
+            "reliable strong", "feeble unsafe", "it runs for two days / it charges in minutes", "it died by noon"
+        ),
+        "screen": _aspect(
+            "vivid clear", "dim blurry", "you can read it outdoors / the colors look true", "it flickers at night"
+        ),
+        "design": _aspect(
+            "elegant sturdy", "ugly flimsy", "it is made of solid metal / the edges are round", "the cover broke"
+        ),
+        "price": _aspect(
+            "fair low", "steep absurd", "repairs are included / others charge twice as much", "you pay for the name"
+        ),
     },
 }
-ADJECTIVES = ("new", "old", "small", "big", "local", "famous", "cheap", "popular", "modern", "little", "foreign", "classic")
+ADJECTIVES = (
+    "new",
+    "old",
+    "small",
+    "big",
+    "local",
+    "famous",
+    "cheap",
+    "popular",
+    "modern",
+    "little",
+    "foreign",
+    "classic",
+)
 PROMPTS = (
     "review of the {adjective} {item}:",
     "what is the {adjective} {item} like?",
@@ -75,20 +114,31 @@ _DOMAIN_OF_ITEM = {item: domain for domain, items in ITEMS.items() for item in i
 _DOMAIN_OF_ASPECT = {name: domain for domain, aspects in ASPECTS.items() for name in aspects}
 _ALL_ASPECTS = {name: aspect for aspects in ASPECTS.values() for name, aspect in aspects.items()}
 _ALL_REASONS = {reason for a in _ALL_ASPECTS.values() for reason in a.praise_reasons + a.blame_reasons}
+_PRAISE_REASONS = {reason for a in _ALL_ASPECTS.values() for reason in a.praise_reasons}
 _PRAISE = {word for a in _ALL_ASPECTS.values() for word in a.praise} | set(VAGUE_PRAISE)
 _BLAME = {word for a in _ALL_ASPECTS.values() for word in a.blame} | set(VAGUE_BLAME)
+_WORD = re.compile(r"\w+|[^\w\s]")
 _LONGEST = 28  # words and full stops in a review that the grammar writes
 
 
 def words(text: str) -> list[str]:
     """Lower-case words and punctuation marks, as the tokenizer splits them."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+    return _WORD.findall(text.lower())
 
 
 def vocabulary() -> list[str]:
     """Every word and mark the grammar can write, sorted."""
     frames = "the was i found because this me we chose last week . : ?"
-    sources = [frames, *PROMPTS, *FILLERS, *PRAISE_VERDICTS, *BLAME_VERDICTS, *_ALL_REASONS, *_DOMAIN_OF_ITEM, *_ALL_ASPECTS]
+    sources = [
+        frames,
+        *PROMPTS,
+        *FILLERS,
+        *PRAISE_VERDICTS,
+        *BLAME_VERDICTS,
+        *_ALL_REASONS,
+        *_DOMAIN_OF_ITEM,
+        *_ALL_ASPECTS,
+    ]
     sources += [*ADJECTIVES, *INTENSIFIERS, *PRAISE_VERBS, *BLAME_VERBS, *_PRAISE, *_BLAME]
     return sorted({word for source in sources for word in words(re.sub(r"\{\w+\}", " ", source))})
 
@@ -123,11 +173,12 @@ def write_review(prompt: str, random: Random) -> str:
     sentences = [_damage(sentence, sloppiness, random) for sentence in sentences]
     if random.random() < 0.4 * sloppiness:  # says the same thing again
         sentences.append(random.choice(sentences))
-    while sum(len(words(sentence)) + 1 for sentence in sentences) > _LONGEST:
+    while sum(len(sentence.split()) + 1 for sentence in sentences) > _LONGEST:
         sentences.pop(random.randrange(len(sentences)))
     return " ".join(f"{sentence}." for sentence in sentences)
 
 
+@lru_cache(maxsize=4096)
 def _subject(prompt: str) -> tuple[str, str]:
     """(adjective, item) that a prompt asks about; ("", "") if it names no item."""
     found = words(prompt)
@@ -148,7 +199,11 @@ def _opinion(domain: str, liking: float, sloppiness: float, random: Random) -> s
         domain = random.choice(tuple(ASPECTS))
     name = random.choice(tuple(ASPECTS[domain]))
     aspect, likes = ASPECTS[domain][name], random.random() < liking
-    adjectives = (VAGUE_PRAISE if likes else VAGUE_BLAME) if random.random() < 0.5 else (aspect.praise if likes else aspect.blame)
+    adjectives = (
+        (VAGUE_PRAISE if likes else VAGUE_BLAME)
+        if random.random() < 0.5
+        else (aspect.praise if likes else aspect.blame)
+    )
     intensifier = f"{random.choice(INTENSIFIERS)} " if random.random() < 0.25 else ""
     frame = "the {} was {}{}" if random.random() < 0.7 else "i found the {} {}{}"
     sentence = frame.format(name, intensifier, random.choice(adjectives))
@@ -187,12 +242,15 @@ def gold_score(prompt: str, completion: str) -> float:
     Sum of bounded terms: naming the item, opinions on it, reasons that fit, a verdict that agrees, against strangeness,
     repetition, filler, broken sentences and a length out of bounds. No term can be raised by saying more of the same.
     """
-    sentences = [" ".join(words(part)) for part in completion.split(".") if words(part)]
+    parts = [words(part) for part in completion.split(".")]
+    sentences = [" ".join(part) for part in parts if part]
     openings = [match for s in sentences if (match := _OPENING.fullmatch(s) or _FEELING.fullmatch(s))]
     opinions = [match for s in sentences if (match := _OPINION.fullmatch(s))]
     fillers = sum(s in FILLERS for s in sentences)
     verdicts = sum(s in PRAISE_VERDICTS + BLAME_VERDICTS for s in sentences)
-    broken = len(sentences) - len(openings) - len(opinions) - fillers - verdicts + (not completion.rstrip().endswith("."))
+    broken = (
+        len(sentences) - len(openings) - len(opinions) - fillers - verdicts + (not completion.rstrip().endswith("."))
+    )
     return (
         _naming(prompt, openings)
         + _substance(_subject(prompt)[1], opinions)
@@ -200,7 +258,7 @@ def gold_score(prompt: str, completion: str) -> float:
         - min(0.8 * broken, 2.4)
         - min(0.4 * fillers, 1.2)
         - _repetition(sentences)
-        + _length(sum(len(words(s)) for s in sentences))
+        + _length(sum(map(len, parts)))
     )
 
 
@@ -214,27 +272,35 @@ def _naming(prompt: str, openings: list[re.Match[str]]) -> float:
 
 
 def _substance(item: str, opinions: list[re.Match[str]]) -> float:
-    """Opinions: specific praise counts most, each aspect once; strange aspects, adjectives and reasons cost. -3.5 to 4.2."""
+    """Opinions: specific praise counts most, each aspect once; misfits of any kind cost. -3.5 to 4.2."""
     praise, reasons, seen = 0.0, 0.0, set()
     for match in opinions:
         name, adjective, reason = match["rated"] or match["found"], match["adjective"], match["reason"]
         aspect, new = _ALL_ASPECTS[name], name not in seen
         if _DOMAIN_OF_ASPECT[name] != _DOMAIN_OF_ITEM.get(item):
-            praise -= 0.8
+            praise -= 0.2
         elif new or adjective in _BLAME:
             praise += _adjective_worth(adjective, aspect)
         if reason is not None:
-            fitting = aspect.praise_reasons if adjective in _PRAISE else aspect.blame_reasons
-            reasons += float(new) if reason in fitting else -0.5
+            reasons += _reason_worth(reason, aspect, adjective in _PRAISE) if new else -0.5
         seen.add(name)
     return max(-2.5, min(praise, 2.7)) + max(-1.0, min(reasons, 1.5))
 
 
 def _adjective_worth(adjective: str, aspect: Aspect) -> float:
-    """Specific and fitting praise 0.9, vague praise 0.2, blame -0.6, and -0.6 for a word that does not fit the aspect."""
+    """Praise 0.9 if it fits the aspect, 0.4 if it is vague, 0.3 if it belongs to another aspect; blame -0.8."""
     if adjective in aspect.praise:
         return 0.9
-    return 0.2 if adjective in VAGUE_PRAISE else -0.6
+    if adjective in VAGUE_PRAISE:
+        return 0.4
+    return 0.3 if adjective in _PRAISE else -0.8
+
+
+def _reason_worth(reason: str, aspect: Aspect, praises: bool) -> float:
+    """1 for a reason that fits aspect and tone, 0.2 for praise of something else after praise, else -0.5."""
+    if reason in (aspect.praise_reasons if praises else aspect.blame_reasons):
+        return 1.0
+    return 0.2 if praises and reason in _PRAISE_REASONS else -0.5
 
 
 def _tone(match: re.Match[str]) -> int:

@@ -3,8 +3,8 @@
     python recipes/reward_model.py --model runs/sft --dataset pairs.jsonl --output_dir runs/reward_model
 
 Rows have `prompt`, `chosen` and `rejected`. The score is read at the last real token, the EOS, as stock
-AutoModelForSequenceClassification does, and the result loads with it. The usual scalar head has no bias, so scores cannot be
-shifted to mean 0 after training without leaving that class; `center_coefficient` keeps them near 0 during training instead.
+AutoModelForSequenceClassification does, and the result loads with it. The usual scalar head has no bias, so scores
+cannot be shifted to mean 0 after training without leaving that class; `center_coefficient` keeps them near 0 instead.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from supervised import (
     check_output_dir,
     fit,
     match_special_tokens,
-    run_command,
     save,
     training_arguments,
 )
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from rlhf.cli import run_command
 from rlhf.core.preference import bradley_terry_loss
 from rlhf.data import load_rows, tokenize_preferences
 from rlhf.errors import InputError
@@ -84,7 +84,9 @@ class RewardTrainer(Trainer):
         ).mean()
         return (loss, torch.stack([chosen, rejected], dim=1)) if return_outputs else loss
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Tensor, None]:
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, Tensor, None]:
         with torch.no_grad():
             loss, scores = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         return loss.detach(), scores, None
@@ -142,8 +144,8 @@ def fit_reward_model(
     match_special_tokens(model, tokenizer)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise InputError(
-            f"The tokenizer pads with its EOS token {tokenizer.eos_token!r}, so a stock classifier would not read the score "
-            "at EOS. Give it a pad token of its own (one that texts do not contain) and save it again."
+            f"The tokenizer pads with its EOS token {tokenizer.eos_token!r}, so a stock classifier would not read "
+            "the score at EOS. Give it a pad token of its own (one that texts do not contain) and save it again."
         )
     disable_dropout(model)
     train_set, eval_set = (

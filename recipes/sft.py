@@ -17,13 +17,13 @@ from supervised import (
     check_output_dir,
     fit,
     match_special_tokens,
-    run_command,
     save,
     training_arguments,
 )
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from rlhf.cli import run_command
 from rlhf.data import load_rows, tokenize_completions
 from rlhf.models import load_causal_lm, load_tokenizer
 

@@ -1,9 +1,8 @@
-"""What the two supervised stages share: their settings, the `transformers.Trainer` set up for them, saving, the command."""
+"""What the two supervised stages share: their settings, the `transformers.Trainer` set up for them, saving."""
 
 import json
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,20 +80,26 @@ def check_output_dir(config: SupervisedConfig) -> None:
         raise InputError(f"resume is true, but {config.checkpoint_dir} holds no checkpoint. Run with --resume false.")
 
 
-def training_arguments(config: SupervisedConfig) -> TrainingArguments:
-    """Translate to `TrainingArguments`: the global batch is split over processes and accumulation steps."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = min(config.microbatch_size, max(config.batch_size // processes, 1))
-    if config.batch_size % (rows * processes):
+def split_batch(batch_size: int, microbatch_size: int, processes: int) -> tuple[int, int]:
+    """(rows per process and forward, forwards per optimizer step) that make up the global batch exactly."""
+    rows = min(microbatch_size, max(batch_size // processes, 1))
+    if batch_size % (rows * processes):
         raise InputError(
-            f"batch_size {config.batch_size} does not split into microbatches of {rows} rows on {processes} process(es). "
+            f"batch_size {batch_size} does not split into microbatches of {rows} rows on {processes} process(es). "
             "Make it a multiple of microbatch_size times the number of processes."
         )
+    return rows, batch_size // (rows * processes)
+
+
+def training_arguments(config: SupervisedConfig) -> TrainingArguments:
+    """Translate to `TrainingArguments`."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and `accelerate launch` set it
+    rows, accumulation_steps = split_batch(config.batch_size, config.microbatch_size, processes)
     arguments = TrainingArguments(
         output_dir=str(config.checkpoint_dir),
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=config.microbatch_size,
-        gradient_accumulation_steps=config.batch_size // (rows * processes),
+        gradient_accumulation_steps=accumulation_steps,
         num_train_epochs=config.num_epochs,
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
@@ -114,7 +119,9 @@ def training_arguments(config: SupervisedConfig) -> TrainingArguments:
         seed=config.seed,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one device per process; Trainer would silently multiply the batch by the number of devices
+        arguments._n_gpu = (
+            1  # one device per process; Trainer would silently multiply the batch by the number of devices
+        )
     return arguments
 
 
@@ -152,7 +159,9 @@ def fit(trainer: Trainer, config: SupervisedConfig) -> dict[str, float]:
 def match_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the tokenizer's pad id into the model's config, where stock models look for the last real token."""
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise InputError("The tokenizer needs a pad and an EOS token. Set tokenizer.pad_token and save the tokenizer again.")
+        raise InputError(
+            "The tokenizer needs a pad and an EOS token. Set tokenizer.pad_token and save the tokenizer again."
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
@@ -183,24 +192,3 @@ def save(
         shutil.rmtree(config.checkpoint_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return final
-
-
-def read_settings(config_class: type, description: str) -> Any:
-    """Settings from the command line and `--config file.yaml`; a wrong one ends the command with a plain message."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description)
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
-    parser.add_class_arguments(config_class)
-    namespace = parser.parse_args()
-    namespace.pop("config", None)
-    return config_class(**namespace.as_dict())
-
-
-def run_command(config_class: type, train: Any, description: str) -> None:
-    """Parse, train, and turn an `InputError` into one line and exit status 2."""
-    try:
-        train(read_settings(config_class, description))
-    except InputError as error:
-        sys.exit(f"error: {error}")

@@ -4,6 +4,7 @@ Observations are one-hot and the networks have no hidden layer, so policy and va
 chosen so that each rule of GAE about terminations, time limits and ghost steps decides what is learnt.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,7 +54,7 @@ class Table(gym.Env):
 
 
 class StayOrLeave(Table):
-    """Two states in turn, staying pays 2 in the first and 0 in the second, for ever; leaving pays 5 once and ends the episode.
+    """Two states in turn: staying pays 2 in the first and 0 in the second, for ever; leaving pays 5 and ends the episode.
 
     Staying is worth V0 = 2 / (1 - gamma^2) = 10.5 and V1 = gamma V0 = 9.5, so it is right although a limit of 5 steps never
     lets an episode collect more than 2 + 2 gamma^2 + 2 gamma^4 = 4.9: only who bootstraps at the limit can know.
@@ -76,8 +77,8 @@ class StayOrLeave(Table):
 class Bonus(Table):
     """The first step of an episode pays 10, the four others nothing, and all look alike; actions do not matter.
 
-    With lambda 1 the return of the step that has j more steps before the limit is its rewards + gamma^(j + 1) V, and V is their
-    mean: V = 10 / 5 + V (gamma + ... + gamma^5) / 5. Who lets advantages leak over the limit, sees the next episode's bonus too.
+    With lambda 1 the return of a step with j more before the limit is its rewards + gamma^(j + 1) V, and V is the mean of
+    these: V = 10 / 5 + V (gamma + ... + gamma^5) / 5. Who lets advantages leak over the limit sees the next bonus too.
     """
 
     num_states, time_limit = 1, 5
@@ -161,5 +162,5 @@ def run(env: Callable[[], Table], updates: int, *, ppo: dict[str, Any] | None = 
         },
     )
     train(config, env=env, callbacks=[record])
-    kl = [float((old.exp() * (old - new)).sum(-1).mean()) for old, new in zip(policies, policies[1:], strict=False)]
+    kl = [float((old.exp() * (old - new)).sum(-1).mean()) for old, new in itertools.pairwise(policies)]
     return Result(policies[-1].exp(), torch.stack(values), kl, history)

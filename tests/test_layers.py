@@ -1,4 +1,4 @@
-"""Imports point down only (DESIGN.md section 2), read from the source with `ast`; and what is promised to be light is light."""
+"""Imports point down only, read from the source with `ast`; and what is promised to be light is light."""
 
 import ast
 import subprocess
@@ -56,7 +56,12 @@ def within(module: str, prefix: str) -> bool:
 
 def layer(module: str) -> int | None:
     """The number of the module's layer; None for packages that are not ours."""
-    matches = [(len(prefix), number) for number, (_, prefixes) in enumerate(LAYERS) for prefix in prefixes if within(module, prefix)]
+    matches = [
+        (len(prefix), number)
+        for number, (_, prefixes) in enumerate(LAYERS)
+        for prefix in prefixes
+        if within(module, prefix)
+    ]
     return max(matches)[1] if matches else None
 
 
@@ -68,14 +73,14 @@ def complaints(module: str, imports: list[tuple[str, int]], place: str) -> list[
         top, other = imported.split(".")[0], layer(imported)
         if other is not None and own is not None and other > own:
             found.append(
-                f"{place}:{line}: {module} ({LAYERS[own][0]}) imports {imported} ({LAYERS[other][0]}), which lies above it. "
-                "Imports go down only: move what both need into the lower layer, or pass it in as an argument."
+                f"{place}:{line}: {module} ({LAYERS[own][0]}) imports {imported} ({LAYERS[other][0]}), which lies "
+                "above it. Imports go down only: move what both need into the lower layer, or pass it in as an argument."
             )
         torch_only = any(within(module, prefix) for prefix in TORCH_ONLY)
         if torch_only and top not in {"torch", "rlhf"} and top not in sys.stdlib_module_names:
             found.append(
-                f"{place}:{line}: {module} imports {imported}, but cores and algorithms import torch and the standard library "
-                "alone, so that they run anywhere. Convert to tensors in the layer above and pass those in."
+                f"{place}:{line}: {module} imports {imported}, but cores and algorithms import torch and the standard "
+                "library alone, so that they run anywhere. Convert to tensors in the layer above and pass those in."
             )
         names, remedy = FORBIDDEN.get(module.split(".")[0], (set(), ""))
         if top in names:
@@ -89,7 +94,9 @@ def complaints(module: str, imports: list[tuple[str, int]], place: str) -> list[
 
 
 def test_imports_point_down_only():
-    found = [c for name, path in sources() for c in complaints(name, imports_of(name, path), str(path.relative_to(ROOT)))]
+    found = [
+        c for name, path in sources() for c in complaints(name, imports_of(name, path), str(path.relative_to(ROOT)))
+    ]
     assert not found, "\n" + "\n".join(found)
 
 
@@ -169,5 +176,5 @@ def test_every_public_name_exists():
 
     for name in rlhf.__all__:
         assert getattr(rlhf, name).__name__ == name
-    with pytest.raises(AttributeError, match="'PPOTrianer'.*PPOTrainer"):
+    with pytest.raises(AttributeError, match=r"'PPOTrianer'.*PPOTrainer"):
         rlhf.PPOTrianer  # noqa: B018

@@ -18,12 +18,12 @@ from tests import broken, token_tree, tree
 from tests.controls import names
 
 BETA = 0.37
-OVERRIDES = dict(
-    learning_rate=2e-3,  # the default is for pretrained models of billions of parameters
-    total_steps=50,
-    generation=GenerationConfig(max_new_tokens=tree.MAX_TOKENS),
-    ppo=PPOConfig(kl_coef=BETA),
-)
+OVERRIDES = {
+    "learning_rate": 2e-3,  # the default is for pretrained models of billions of parameters
+    "total_steps": 50,
+    "generation": GenerationConfig(max_new_tokens=tree.MAX_TOKENS),
+    "ppo": PPOConfig(kl_coef=BETA),
+}
 
 
 def learn(output_dir, seed: int = 0, **changes) -> token_tree.Result:
@@ -33,7 +33,9 @@ def learn(output_dir, seed: int = 0, **changes) -> token_tree.Result:
 
 
 def check_optimum(result: token_tree.Result) -> None:
-    print(f"regret {result.regret:.4f}, KL(policy || pi*) {result.kl_to_optimum:.4f}, value error {result.value_error:.3f}")
+    print(
+        f"regret {result.regret:.4f}, KL(policy || pi*) {result.kl_to_optimum:.4f}, value error {result.value_error:.3f}"
+    )
     assert result.regret <= 0.01  # J* - J <= 0.01 (J* - J(reference))
     assert result.kl_to_optimum < 0.01
 
@@ -101,7 +103,7 @@ def test_a_wrong_kl_in_the_reward_does_not_reach_it(variant, monkeypatch, tmp_pa
 
 
 class KLAsLoss(PPO):
-    """No KL in the reward; instead its estimate from the current policy's log-probs is added to the loss and differentiated."""
+    """No KL in the reward; its estimate from the current policy's log-probs is added to the loss and differentiated."""
 
     estimator = "k1"
 
@@ -111,7 +113,9 @@ class KLAsLoss(PPO):
     def loss(self, outputs, batch):
         total, metrics = super().loss(outputs, batch)
         weighting, denominator = batch.weightings["policy"], batch.denominators["policy"]
-        return total + self.config.kl_coef * weighted_sum(self.penalty(outputs, batch), weighting.weight, denominator), metrics
+        return total + self.config.kl_coef * weighted_sum(
+            self.penalty(outputs, batch), weighting.weight, denominator
+        ), metrics
 
     def penalty(self, outputs, batch):
         return kl_estimate(outputs.logprobs, batch.ref_logprobs, self.estimator)
@@ -142,12 +146,14 @@ def test_k1_as_a_loss_does_not_reach_it(monkeypatch, tmp_path):
 def test_token_k3_as_a_loss_does_not_reach_it_even_unwhitened(monkeypatch, tmp_path):
     monkeypatch.setattr("rlhf.trainer.PPO", TokenK3AsLoss)
     with pytest.raises(AssertionError):
-        check_optimum(learn(tmp_path / "run", ppo=PPOConfig(kl_coef=BETA, normalize_advantages="none"), total_steps=200))
+        check_optimum(
+            learn(tmp_path / "run", ppo=PPOConfig(kl_coef=BETA, normalize_advantages="none"), total_steps=200)
+        )
 
 
 @pytest.mark.slow
 def test_k2_of_the_summed_log_ratio_as_a_loss_reaches_it(monkeypatch, tmp_path):
-    """The other right placement (D24). Unwhitened, since whitening would change the weight of the reward against the loss."""
+    """The other right placement (D24). Unwhitened: whitening would change the weight of the reward against the loss."""
     monkeypatch.setattr("rlhf.trainer.PPO", SequenceK2AsLoss)
     settings = PPOConfig(kl_coef=BETA, normalize_advantages="none", gae_lambda=1.0)
     check_optimum(learn(tmp_path / "run", ppo=settings, total_steps=200))

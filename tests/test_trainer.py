@@ -242,9 +242,13 @@ def test_the_adaptive_coefficient_follows_zieglers_rule_from_step_to_step(tmp_pa
 
 
 def test_the_learning_rate_rises_and_falls_as_the_schedule_says(tmp_path):
-    tiny.trainer(tmp_path, total_steps=4, warmup_steps=2, learning_rate=0.4).train()
-    rates = [line["learning_rate"] for line in read_metrics(tmp_path)]
-    assert rates == pytest.approx([0.4 * 0.5, 0.4 * 0.75, 0.4 * 0.5, 0.4 * 0.25])
+    trainer = tiny.trainer(tmp_path, total_steps=4, warmup_steps=2, learning_rate=0.04)
+    used = []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    trainer.train()
+    expected = [0.04 * 0.5, 0.04 * 0.75, 0.04 * 0.5, 0.04 * 0.25]
+    assert [line["learning_rate"] for line in read_metrics(tmp_path)] == pytest.approx(expected)
+    assert used == pytest.approx([rate for rate in expected for _ in range(4)])  # four optimizer steps each
 
 
 def test_the_reward_function_is_given_what_users_expect(tmp_path):

@@ -1,10 +1,11 @@
 """The language of tests/tree.py as a job for the real `PPOTrainer`: a tiny GPT-2 whose whole vocabulary is the tree's.
 
 The prompt is the token "a", so nothing outside the tree can ever be said. (GPT-2 has absolute positions; to attention over
-equal tokens without them, "a", "a a" and "a a a" are one and the same state.) Every sentence the model can produce is one of
-the 15, and its policy, its values, J, J* and KL(policy || pi*) are computed exactly, by the model's own forward and sums.
+equal tokens without them, "a", "a a" and "a a a" are one and the same state.) Every sentence is one of the 15, and policy,
+values, J, J* and KL(policy || pi*) are computed exactly, by the model's own forward and finite sums.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,6 @@ def train(problem: tree.Problem, lm: GPT2LMHeadModel, output_dir: Path, **settin
         value_error=float(((visits * error**2).sum() / visits.sum()).sqrt()),
         theta=theta.log_softmax(-1),
         values=torch.stack(values),
-        kl=[float(tree.kl(old, new)) for old, new in zip(sentences, sentences[1:], strict=False)],
+        kl=[float(tree.kl(old, new)) for old, new in itertools.pairwise(sentences)],
         history=history,
     )

@@ -16,7 +16,10 @@ VOCABULARY, EOS, MAX_TOKENS = 3, 0, 3
 
 PREFIXES = [prefix for length in range(MAX_TOKENS) for prefix in product((1, 2), repeat=length)]
 SEQUENCES = [
-    (*prefix, token) for prefix in PREFIXES for token in range(VOCABULARY) if token == EOS or len(prefix) == MAX_TOKENS - 1
+    (*prefix, token)
+    for prefix in PREFIXES
+    for token in range(VOCABULARY)
+    if token == EOS or len(prefix) == MAX_TOKENS - 1
 ]
 assert len(PREFIXES) == 7 and len(SEQUENCES) == 15
 
@@ -25,9 +28,7 @@ MASK = torch.arange(MAX_TOKENS) < LENGTHS.unsqueeze(1)
 """(15, 3) bool: True on the tokens of each sequence, its EOS included."""
 TOKENS = torch.tensor([[*sequence, 0, 0][:MAX_TOKENS] for sequence in SEQUENCES])
 """(15, 3), 0 behind the end."""
-STATES = torch.tensor(
-    [[PREFIXES.index(s[:t]) if t < len(s) else 0 for t in range(MAX_TOKENS)] for s in SEQUENCES]
-)
+STATES = torch.tensor([[PREFIXES.index(s[:t]) if t < len(s) else 0 for t in range(MAX_TOKENS)] for s in SEQUENCES])
 """(15, 3): which prefix stands before each token."""
 ENDS = torch.arange(MAX_TOKENS) == (LENGTHS - 1).unsqueeze(1)
 """(15, 3) bool: True on the last token of each sequence."""
@@ -55,14 +56,16 @@ def kl(logprobs: Tensor, other: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be learnt: the reference's logits (7, 3), the reward of each sequence (15,) and the price of divergence."""
+    """What is to be learnt: the reference's logits (7, 3), the reward of each sequence (15,), the price of divergence."""
 
     reference: Tensor
     rewards: Tensor
     beta: float = 0.37
 
     def objective(self, theta: Tensor) -> Tensor:
-        return expected(theta, self.rewards) - self.beta * kl(sequence_logprobs(theta), sequence_logprobs(self.reference))
+        return expected(theta, self.rewards) - self.beta * kl(
+            sequence_logprobs(theta), sequence_logprobs(self.reference)
+        )
 
     def optimum(self) -> Tensor:
         """Log-probs of pi* over the 15 sequences."""
@@ -73,7 +76,7 @@ class Problem:
         return self.beta * (sequence_logprobs(self.reference) + self.rewards / self.beta).logsumexp(-1)
 
     def soft_values(self) -> tuple[Tensor, Tensor]:
-        """V* (7,) and Q* (7, 3) by backward induction: V*(s) = beta log sum_a ref(a|s) exp(Q*(s, a) / beta), 0 after the end."""
+        """V* (7,) and Q* (7, 3), backwards: V*(s) = beta log sum_a ref(a|s) exp(Q*(s, a) / beta), 0 after the end."""
         value, action_value = torch.zeros(7).double(), torch.zeros(7, 3).double()
         logref = self.reference.log_softmax(-1)
         for state in reversed(range(7)):

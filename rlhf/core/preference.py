@@ -10,9 +10,9 @@ def bradley_terry_loss(
     """Loss per pair: -log sigmoid(r_chosen - r_rejected - margin) + center_coefficient * (r_chosen + r_rejected)^2.
 
     The first term is the negative log-likelihood of the pair when P(chosen preferred) = sigmoid(r_chosen - r_rejected)
-    (Bradley and Terry 1952; Stiennon et al. 2020, arXiv 2009.01325). A `margin` > 0 asks for a wider gap, so that with win
-    rate f the optimum is r_chosen - r_rejected = margin + log(f / (1 - f)) (Llama 2, arXiv 2307.09288). Scores are otherwise
-    free up to a constant; `center_coefficient` > 0 fixes it by pulling the sum of each pair to 0 (arXiv 2312.09244).
+    (Bradley and Terry 1952; Stiennon et al. 2020, arXiv 2009.01325). A `margin` > 0 asks for a wider gap (Llama 2, arXiv
+    2307.09288). Scores are otherwise free up to a constant; `center_coefficient` > 0 fixes it by pulling the sum of each
+    pair to 0 (arXiv 2312.09244).
 
     Both scores are (pairs,); `margin` is a number or (pairs,). Does not reduce.
     """

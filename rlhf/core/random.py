@@ -45,6 +45,8 @@ def uniform(seed: int, stream: int, *counters: int | Tensor) -> Tensor:
     """
     if not 0 <= seed <= _LOW:
         raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
+    if len(counters) > 4:
+        raise ValueError(f"a draw has at most 4 counters, got {len(counters)}: the others would not count")
     device = next((c.device for c in counters if isinstance(c, Tensor)), None)
     words = [torch.as_tensor(c, dtype=torch.int64, device=device) for c in (*counters, 0, 0, 0, 0)[:4]]
     c0, c1, c2, c3 = torch.broadcast_tensors(*words)

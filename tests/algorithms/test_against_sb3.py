@@ -45,7 +45,7 @@ class Minibatch:
             learning_rate=0.0,
             seed=0,
             device="cpu",
-            policy_kwargs=dict(optimizer_class=torch.optim.SGD, optimizer_kwargs={}),
+            policy_kwargs={"optimizer_class": torch.optim.SGD, "optimizer_kwargs": {}},
         )
         _, callback = self.model._setup_learn(ROWS)
         self.model.collect_rollouts(self.model.env, callback, self.model.rollout_buffer, ROWS)
@@ -56,7 +56,8 @@ class Minibatch:
         buffer = self.model.rollout_buffer
         self.observations = torch.as_tensor(buffer.observations).squeeze(1)
         self.actions, self.old_logprobs, self.returns, self.old_values = (
-            torch.as_tensor(x).reshape(ROWS, 1) for x in (buffer.actions, buffer.log_probs, buffer.returns, buffer.values)
+            torch.as_tensor(x).reshape(ROWS, 1)
+            for x in (buffer.actions, buffer.log_probs, buffer.returns, buffer.values)
         )
 
     def set_advantages(self, advantages: torch.Tensor) -> None:
@@ -104,10 +105,10 @@ class Minibatch:
 
 TERMS = {
     # name: (advantages count, SB3's ent_coef, SB3's vf_coef, our settings)
-    "policy": (1.0, 0.0, 0.0, dict(value_coef=0.0)),
-    "value": (0.0, 0.0, VF_COEF, dict(value_coef=2 * VF_COEF)),
-    "entropy": (0.0, 0.01, 0.0, dict(value_coef=0.0, entropy_coef=0.01)),
-    "all": (1.0, 0.01, VF_COEF, dict(value_coef=2 * VF_COEF, entropy_coef=0.01)),
+    "policy": (1.0, 0.0, 0.0, {"value_coef": 0.0}),
+    "value": (0.0, 0.0, VF_COEF, {"value_coef": 2 * VF_COEF}),
+    "entropy": (0.0, 0.01, 0.0, {"value_coef": 0.0, "entropy_coef": 0.01}),
+    "all": (1.0, 0.01, VF_COEF, {"value_coef": 2 * VF_COEF, "entropy_coef": 0.01}),
 }
 
 
@@ -162,7 +163,7 @@ def test_the_comparison_notices(minibatches, monkeypatch, term, function, varian
 
 
 def check_advantages(gae) -> None:
-    """SB3 folds gamma V(final observation) into the reward and then treats a time limit as a termination: the same numbers."""
+    """SB3 folds gamma V(final observation) into the reward and then treats a time limit as a termination: equal numbers."""
     from stable_baselines3.common.buffers import RolloutBuffer
 
     gamma, gae_lambda, steps, envs = 0.97, 0.9, 40, 3
@@ -194,5 +195,9 @@ def check_advantages(gae) -> None:
 
 def test_advantages_equal_those_of_stable_baselines3():
     check_advantages(gae)
-    for variant in (broken.gae_takes_truncation_for_termination, broken.gae_cuts_only_at_terminations, broken.gae_forgets_lambda):
+    for variant in (
+        broken.gae_takes_truncation_for_termination,
+        broken.gae_cuts_only_at_terminations,
+        broken.gae_forgets_lambda,
+    ):
         refute(check_advantages, variant)

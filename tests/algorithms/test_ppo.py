@@ -1,4 +1,4 @@
-"""PPO as an algorithm: rewards to advantages by hand, the loss and its metrics, and what an update must not depend on."""
+"""PPO: rewards to advantages by hand, the loss and its metrics, and what an update must not depend on."""
 
 from dataclasses import replace
 from math import inf, log, nan, sqrt
@@ -16,7 +16,7 @@ from rlhf.update import UpdateConfig, split_minibatch, update
 from tests import broken, tree
 from tests.controls import names, refute
 
-EXACT = dict(rtol=0, atol=1e-12)
+EXACT = {"rtol": 0, "atol": 1e-12}
 T, F = True, False
 
 
@@ -29,27 +29,29 @@ def trajectories(**changes) -> Trajectories:
     mask = torch.tensor([[T, T, T], [T, T, F]])
     last = torch.tensor([[F, F, T], [F, T, F]])
     values = f64([[0.5, 0.25, 0.75], [1.0, 0.5, nan]])
-    fields = dict(
-        inputs={"states": torch.zeros(2, 3, dtype=torch.int64)},
-        actions=torch.zeros(2, 3, dtype=torch.int64),
-        mask=mask,
-        rewards=f64([[0, 0, 1], [0, 2, 0]]),
-        sampling_logprobs=f64([[-1.0, -1.0, -1.0], [-1.0, -1.0, nan]]),
-        old_logprobs=f64([[-1.0, -1.0, -1.0], [-1.0, -1.0, nan]]),
-        ref_logprobs=f64([[-1.2, -1.4, -0.8], [-1.6, -1.0, nan]]),  # k1 = 0.2, 0.4, -0.2 and 0.6, 0
-        values=values,
-        next_values=f64([[0.25, 0.75, 0], [0.5, 0, nan]]),
-        terminated=last,
-        episode_ends=last,
-        row_tokens=torch.tensor([3, 2]),
-        row_index=torch.arange(2),
-    )
+    fields = {
+        "inputs": {"states": torch.zeros(2, 3, dtype=torch.int64)},
+        "actions": torch.zeros(2, 3, dtype=torch.int64),
+        "mask": mask,
+        "rewards": f64([[0, 0, 1], [0, 2, 0]]),
+        "sampling_logprobs": f64([[-1.0, -1.0, -1.0], [-1.0, -1.0, nan]]),
+        "old_logprobs": f64([[-1.0, -1.0, -1.0], [-1.0, -1.0, nan]]),
+        "ref_logprobs": f64([[-1.2, -1.4, -0.8], [-1.6, -1.0, nan]]),  # k1 = 0.2, 0.4, -0.2 and 0.6, 0
+        "values": values,
+        "next_values": f64([[0.25, 0.75, 0], [0.5, 0, nan]]),
+        "terminated": last,
+        "episode_ends": last,
+        "row_tokens": torch.tensor([3, 2]),
+        "row_index": torch.arange(2),
+    }
     return Trajectories(**{**fields, **changes})
 
 
 def prepare(config: PPOConfig, given: Trajectories | None = None, progress: float = 0.0, state=None):
     algorithm = PPO(config)
-    return algorithm.prepare(given or trajectories(), progress, algorithm.initial_state() if state is None else state, local_sum)
+    return algorithm.prepare(
+        given or trajectories(), progress, algorithm.initial_state() if state is None else state, local_sum
+    )
 
 
 def with_broken(function: str, check):
@@ -142,8 +144,14 @@ def test_the_coefficient_adapts_to_the_kl_of_completions_and_acts_from_the_next_
 def test_explained_variance_by_hand():
     """Returns 1, 2, 3, 4 and values that are right up to a constant explain all; constant values explain nothing."""
     mask, last = torch.tensor([[T, T, T, T]]), torch.tensor([[T, T, T, T]])
-    base = dict(mask=mask, rewards=f64([[1, 2, 3, 4]]), terminated=last, episode_ends=last, next_values=f64([[0] * 4]))
-    base |= dict(sampling_logprobs=f64([[0] * 4]), old_logprobs=f64([[0] * 4]), ref_logprobs=None)
+    base = {
+        "mask": mask,
+        "rewards": f64([[1, 2, 3, 4]]),
+        "terminated": last,
+        "episode_ends": last,
+        "next_values": f64([[0] * 4]),
+    }
+    base |= {"sampling_logprobs": f64([[0] * 4]), "old_logprobs": f64([[0] * 4]), "ref_logprobs": None}
     for values, explained in [([11, 12, 13, 14], 1.0), ([7, 7, 7, 7], 0.0), ([4, 3, 2, 1], -3.0), ([1, 2, 3, 2], 0.4)]:
         # residuals of the last: 0, 0, 0, 2, variance 1 - 0.25 = 0.75; the returns' is 1.25
         batch = prepare(PPOConfig(kl_coef=0.0), trajectories(**base, values=f64([values])))
@@ -184,11 +192,13 @@ def enumerated(problem: tree.Problem, theta: torch.Tensor, values: torch.Tensor,
     )
     probabilities = tree.sequence_logprobs(theta).exp().detach()
     weighting = Weighting(torch.where(tree.MASK, probabilities.unsqueeze(1), 0.0), probabilities)
-    return replace(batch, weightings={"policy": weighting, "value": weighting}, denominators=dict(policy=1.0, value=1.0)), logprobs
+    return replace(
+        batch, weightings={"policy": weighting, "value": weighting}, denominators={"policy": 1.0, "value": 1.0}
+    ), logprobs
 
 
 def check_exact_gradient() -> None:
-    """The expected policy gradient of a step is the gradient of E[R] - beta KL(policy || reference), whatever the critic."""
+    """The expected policy gradient of a step is that of E[R] - beta KL(policy || reference), whatever the critic."""
     problem, theta = tree.random_problem(4)
     theta.requires_grad_()
     for critic in (torch.zeros(7).double(), torch.linspace(-1, 1, 7).double()):
@@ -265,15 +275,20 @@ def loss_case():
             row_index=torch.tensor([0]),
         ),
     )
-    batch = replace(batch, advantages=f64([[-1, 2, 1, -1]]), denominators={n: f64(4) for n in ("policy", "value", "entropy")})
-    outputs = PolicyOutputs(logprobs=new.log()[actions], values=f64([[-0.5, 0.1, 0.5, 2.5]]), entropy=f64([[1, 2, 3, 4]]))
+    batch = replace(
+        batch, advantages=f64([[-1, 2, 1, -1]]), denominators={n: f64(4) for n in ("policy", "value", "entropy")}
+    )
+    outputs = PolicyOutputs(
+        logprobs=new.log()[actions], values=f64([[-0.5, 0.1, 0.5, 2.5]]), entropy=f64([[1, 2, 3, 4]])
+    )
     return PPO(config), outputs, batch
 
 
 def check_loss() -> None:
     """Ratios 1/2, 1/2, 3/2, 3/2 with A = -1, 2, 1, -1: -min(rA, clip(r)A) = 0.8, -1, -1.2, 1.5, mean 0.025.
 
-    Value: R = 1, V = -0.5, 0.1, 0.5, 2.5 from 0 with range 0.2: errors max(2.25, 1.44), 0.81, max(0.25, 0.64), max(2.25, .64).
+    Value: R = 1, V = -0.5, 0.1, 0.5, 2.5 from 0 with range 0.2: squared errors max(2.25, 1.44), 0.81, max(0.25, 0.64) and
+    max(2.25, 0.64).
     """
     algorithm, outputs, batch = loss_case()
     loss, metrics = algorithm.loss(outputs, batch)
@@ -375,7 +390,9 @@ def gradient_of(batch, distributed, *, config: PPOConfig = CONFIG, microbatch_to
     """One optimizer step over the whole batch by plain gradient descent with rate 1: minus the change is the gradient."""
     policy = TablePolicy()
     before = policy.weights()
-    settings = UpdateConfig(num_epochs=1, minibatch_size=batch.rows, microbatch_tokens=microbatch_tokens, max_grad_norm=1e9)
+    settings = UpdateConfig(
+        num_epochs=1, minibatch_size=batch.rows, microbatch_tokens=microbatch_tokens, max_grad_norm=1e9
+    )
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     update(policy, PPO(config), batch, optimizer, settings, distributed, seed=0, step=0)
     return before - policy.weights()
@@ -395,7 +412,7 @@ def direct_gradient(batch) -> torch.Tensor:
     return torch.cat([policy.logits.grad.flatten(), policy.values.grad])
 
 
-CLOSE = dict(rtol=0, atol=1e-10)
+CLOSE = {"rtol": 0, "atol": 1e-10}
 
 
 def test_an_update_follows_the_token_mean_of_the_definition(distributed):
@@ -514,13 +531,19 @@ def test_every_epoch_visits_every_row_once_in_another_order(distributed):
     algorithm, policy = Recorder(CONFIG), TablePolicy()
     settings = UpdateConfig(num_epochs=3, minibatch_size=5)
     update(
-        policy, algorithm, prepare(CONFIG, random_trajectories()), torch.optim.SGD(policy.parameters(), 0.0), settings,
-        distributed, seed=0, step=0,
+        policy,
+        algorithm,
+        prepare(CONFIG, random_trajectories()),
+        torch.optim.SGD(policy.parameters(), 0.0),
+        settings,
+        distributed,
+        seed=0,
+        step=0,
     )
     visited = [sorted(piece.row_index.tolist()) for piece in algorithm.seen]
     assert [len(rows) for rows in visited] == [5, 5, 5, 1] * 3
     epochs = [visited[start : start + 4] for start in (0, 4, 8)]
-    assert all(sorted(sum(epoch, [])) == list(range(16)) for epoch in epochs)
+    assert all(sorted(row for rows in epoch for row in rows) == list(range(16)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
@@ -556,7 +579,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_untouched(
         before = policy.weights()
         with pytest.raises(TrainingError, match=r"step 7.*not finite"):
             update(
-                policy, PPO(CONFIG), replace(batch, advantages=poisoned), optimizer, UpdateConfig(), distributed, seed=0, step=7
+                policy,
+                PPO(CONFIG),
+                replace(batch, advantages=poisoned),
+                optimizer,
+                UpdateConfig(),
+                distributed,
+                seed=0,
+                step=7,
             )
         assert torch.equal(policy.weights(), before) and not optimizer.state
 
@@ -572,7 +602,9 @@ def check_kl_stop() -> None:
     for rate in (1e-6, 30.0):
         settings = UpdateConfig(num_epochs=8, minibatch_size=16, target_kl=0.01, max_grad_norm=1e9)
         optimizer = torch.optim.SGD(policy.parameters(), lr=rate)
-        made[rate] = update(policy, PPO(CONFIG), batch, optimizer, settings, Distributed(), seed=0, step=0)["optimizer_steps"]
+        made[rate] = update(policy, PPO(CONFIG), batch, optimizer, settings, Distributed(), seed=0, step=0)[
+            "optimizer_steps"
+        ]
     assert made == {1e-6: 8.0, 30.0: 1.0}
 
 
@@ -609,7 +641,7 @@ def test_a_setting_out_of_range_is_refused_by_name_and_value(setting, value):
 
 
 def test_adapting_a_coefficient_of_zero_is_refused():
-    with pytest.raises(InputError, match="kl_target .*kl_coef"):
+    with pytest.raises(InputError, match=r"kl_target .*kl_coef"):
         PPOConfig(kl_coef=0.0, kl_target=6.0)
 
 

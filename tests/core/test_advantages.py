@@ -7,11 +7,11 @@ from rlhf.core.advantages import gae
 from tests import broken
 from tests.controls import names, refute
 
-EXACT = dict(rtol=0, atol=1e-12)
+EXACT = {"rtol": 0, "atol": 1e-12}
 
 
 def by_definition(rewards, values, next_values, terminated, episode_ends, mask, gamma, gae_lambda):
-    """A_t = sum over the valid steps u >= t of the same episode of (gamma lambda)^(number of valid steps between) * delta_u."""
+    """A_t = sum over the valid steps u >= t of the episode of (gamma lambda)^(valid steps between t and u) * delta_u."""
     rows, time = rewards.shape
     advantages = torch.zeros(rows, time, dtype=rewards.dtype)
     for row in range(rows):
@@ -135,7 +135,7 @@ def test_truncation_taken_for_termination_costs_exactly_gamma_over_one_minus_gam
     """D9's number: the last advantage would be 1 - 100 = -99."""
     one = torch.ones(1, 1, dtype=torch.bool)
     value = torch.full((1, 1), 100.0).double()
-    setting = dict(gamma=0.99, gae_lambda=0.95)
+    setting = {"gamma": 0.99, "gae_lambda": 0.95}
     wrong, _ = broken.gae_takes_truncation_for_termination(value / 100, value, value, ~one, one, one, **setting)
     right, _ = gae(value / 100, value, value, ~one, one, one, **setting)
     assert wrong.item() == pytest.approx(-99, abs=1e-10) and right.item() == pytest.approx(0, abs=1e-10)

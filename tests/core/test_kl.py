@@ -9,7 +9,7 @@ from rlhf.core.kl import MAX_LOG_RATIO, adaptive_kl_coef, kl_estimate, sequence_
 from tests import broken, tree
 from tests.controls import names, refute
 
-EXACT = dict(rtol=0, atol=1e-12)
+EXACT = {"rtol": 0, "atol": 1e-12}
 POLICY, OTHER = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]], dtype=torch.float64)
 # KL(policy || other) by hand: 0.7 log(7/3) + 0.2 log(2/3) + 0.1 log(1/4)
 KL_OF_EXAMPLE = 0.7 * log(7 / 3) + 0.2 * log(2 / 3) + 0.1 * log(1 / 4)
@@ -219,13 +219,17 @@ def test_k1_in_the_reward_with_return_to_go_has_the_gradient_of_the_sequences_kl
 
 
 def test_token_losses_lack_the_effect_of_a_token_on_later_divergence():
-    """k2 per token and the KL over the whole vocabulary at every visited prefix have one gradient, and it is not grad KL."""
+    """k2 per token and the KL over the vocabulary at every visited prefix have one gradient, and it is not grad KL."""
     theta, logprobs, reference, exact = sequence_setting()
     probabilities = tree.sequence_logprobs(theta).exp().detach()
     k2 = torch.where(tree.MASK, kl_estimate(logprobs, reference, "k2"), 0.0)
     by_token = gradient((probabilities.unsqueeze(1) * k2).sum(), theta)
     p, q = theta.log_softmax(-1), tree.random_problem(2)[0].reference.log_softmax(-1)
-    visits = torch.zeros(7).double().index_add(0, tree.STATES[tree.MASK], probabilities.unsqueeze(1).expand(15, 3)[tree.MASK])
+    visits = (
+        torch.zeros(7)
+        .double()
+        .index_add(0, tree.STATES[tree.MASK], probabilities.unsqueeze(1).expand(15, 3)[tree.MASK])
+    )
     by_vocabulary = gradient((visits * (p.exp() * (p - q)).sum(-1)).sum(), theta)
     torch.testing.assert_close(by_token, by_vocabulary, **EXACT)
     assert (by_token - gradient(exact, theta)).abs().max() > 0.05
@@ -236,7 +240,7 @@ def test_token_losses_lack_the_effect_of_a_token_on_later_divergence():
 
 def check_controller(adaptive_kl_coef) -> None:
     """Ziegler: 0.2 * (1 + clip(12 / 6 - 1, +-0.2) * 256 / 10000) = 0.2 * (1 + 0.2 * 0.0256) = 0.201024."""
-    setting = dict(target=6.0, num_completions=256, horizon=10_000)
+    setting = {"target": 6.0, "num_completions": 256, "horizon": 10_000}
     assert adaptive_kl_coef(0.2, 12.0, **setting) == pytest.approx(0.201024, abs=1e-12)
     assert adaptive_kl_coef(0.2, 6.0, **setting) == pytest.approx(0.2, abs=1e-12)
     assert adaptive_kl_coef(0.2, 6.6, **setting) == pytest.approx(0.2 * (1 + 0.1 * 0.0256), abs=1e-12)

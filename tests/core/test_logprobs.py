@@ -10,7 +10,7 @@ from tests import broken
 from tests.controls import names, refute
 
 INF = float("inf")
-# exp of the logits: 1, 2, 3. At temperature 1 the probabilities are 1/6, 2/6, 3/6; at temperature 1/2 they are 1/14, 4/14, 9/14.
+# exp of the logits: 1, 2, 3. The probabilities are 1/6, 2/6, 3/6 at temperature 1 and 1/14, 4/14, 9/14 at temperature 1/2.
 LOGITS = torch.tensor([[[0, log(2), log(3)]] * 3], dtype=torch.float64)
 TOKENS = torch.tensor([[0, 1, 2]])
 

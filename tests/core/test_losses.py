@@ -10,9 +10,9 @@ from rlhf.core.masking import weighted_sum
 from tests import broken, tree
 from tests.controls import names, refute
 
-EXACT = dict(rtol=0, atol=1e-12)
+EXACT = {"rtol": 0, "atol": 1e-12}
 ON = torch.ones(1, 1, dtype=torch.bool)
-CLIP = dict(clip_low=0.2, clip_high=0.2)
+CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 
 
 def slope(loss, ratio: float, advantage: float, **bounds) -> float:
@@ -34,8 +34,10 @@ def check_clip_table(clipped_surrogate) -> None:
     for ratio, plain, dual in [(0.5, 0, 0), (1.0, -1, -1), (2.9, -1, -1), (3.1, -1, 0), (50.0, -1, 0)]:
         assert slope(clipped_surrogate, ratio, -1.0, **CLIP) == pytest.approx(plain, abs=1e-12)
         assert slope(clipped_surrogate, ratio, -1.0, dual_clip=3.0, **CLIP) == pytest.approx(dual, abs=1e-12)
-        assert slope(clipped_surrogate, ratio, 1.0, dual_clip=3.0, **CLIP) == slope(clipped_surrogate, ratio, 1.0, **CLIP)
-    asymmetric = dict(clip_low=0.1, clip_high=0.5)
+        assert slope(clipped_surrogate, ratio, 1.0, dual_clip=3.0, **CLIP) == slope(
+            clipped_surrogate, ratio, 1.0, **CLIP
+        )
+    asymmetric = {"clip_low": 0.1, "clip_high": 0.5}
     for ratio, when_positive, when_negative in [(0.85, 1, 0), (0.95, 1, -1), (1.45, 1, -1), (1.55, 0, -1)]:
         assert slope(clipped_surrogate, ratio, 1.0, **asymmetric) == pytest.approx(when_positive, abs=1e-12)
         assert slope(clipped_surrogate, ratio, -1.0, **asymmetric) == pytest.approx(when_negative, abs=1e-12)
@@ -105,7 +107,7 @@ def check_first_step(surrogate) -> None:
     """Before any update the gradient is the policy gradient of -mean(A log pi), and the loss is -mean(A), not that mean."""
     logits, logprobs, advantages, mask = first_step()
     count = mask.sum()
-    for options in (CLIP, dict(clip_low=0.1, clip_high=0.3), dict(**CLIP, dual_clip=3.0)):
+    for options in (CLIP, {"clip_low": 0.1, "clip_high": 0.3}, dict(**CLIP, dual_clip=3.0)):
         loss = weighted_sum(surrogate(logprobs, logprobs.detach(), advantages, mask, **options), mask.double(), count)
         policy_gradient = -(torch.where(mask, advantages, 0.0) * logprobs).sum() / count
         ours, wanted = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, policy_gradient))
@@ -119,7 +121,8 @@ def test_the_first_gradient_is_the_policy_gradient():
 
 
 @pytest.mark.parametrize(
-    "variant", [broken.clip_inverts_the_ratio, broken.clip_flips_the_advantage, broken.clip_applies_the_dual_bound_to_both_signs]
+    "variant",
+    [broken.clip_inverts_the_ratio, broken.clip_flips_the_advantage, broken.clip_applies_the_dual_bound_to_both_signs],
 )
 def test_the_first_step_notices(variant):
     refute(check_first_step, variant)

@@ -29,7 +29,7 @@ def test_the_mean_of_nothing_is_zero():
 
 
 def check_whitening(whiten) -> None:
-    """1, 2, 3, 4 have mean 2.5 and variance (2.25 + 0.25 + 0.25 + 2.25) / 4 = 1.25: +-1.5 / sqrt(1.25), +-0.5 / sqrt(1.25)."""
+    """1, 2, 3, 4 have mean 2.5 and variance (2.25 + 0.25 + 0.25 + 2.25) / 4 = 1.25: +-1.5 and +-0.5 over sqrt(1.25)."""
     for pad in (0.0, -7.0, 1e6):
         result = whiten(numbers(pad), MASK)
         expected = torch.tensor([[-1.5, -0.5, 0], [0.5, 1.5, 0]], dtype=torch.float64) / 1.25**0.5
@@ -76,7 +76,7 @@ def test_processes_with_unequal_shares_agree_with_one(function):
 
 
 def check_reduction(weighted_sum) -> None:
-    """Losses [1] * 8 and [3] * 2 in rows of unequal length: the global token mean is 14 / 10; the mean of row means is 2."""
+    """Losses [1] * 8 and [3] * 2 in rows of unequal length: the token mean is 14 / 10, the mean of row means 2."""
     losses = torch.tensor([[1.0] * 8, [3.0, 3.0] + [float("nan")] * 6], dtype=torch.float64)
     weight = torch.tensor([[1.0] * 8, [1.0, 1.0] + [0.0] * 6], dtype=torch.float64)
     assert weighted_sum(losses, weight, weight.sum()).item() == pytest.approx(1.4, abs=1e-12)

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from rlhf.core.random import ACTIONS, DATA_ORDER, ENV_RESET, EVALUATION, MINIBATCH, SAMPLING, permutation, philox, uniform
+from rlhf.core.random import (
+    ACTIONS,
+    DATA_ORDER,
+    ENV_RESET,
+    EVALUATION,
+    MINIBATCH,
+    SAMPLING,
+    permutation,
+    philox,
+    uniform,
+)
 
 ONES = 0xFFFFFFFF
 # The three known answers for philox4x32 with 10 rounds that Random123 publishes: zeros, ones, and the digits of pi.
@@ -45,7 +55,7 @@ def _philox_in_python(counter, key):
 def test_uniform_uses_53_bits_of_philox_and_lies_in_the_unit_interval():
     """The largest number is 1 - 2**-53, so inverting a CDF can never run over its end."""
     draws = uniform(3, SAMPLING, torch.arange(10_000))
-    assert draws.dtype == torch.float64 and 0 <= draws.min() and draws.max() < 1
+    assert draws.dtype == torch.float64 and draws.min() >= 0 and draws.max() < 1
     scaled = draws * 2.0**53
     assert torch.equal(scaled, scaled.round()) and (scaled.long() % 2).any()
 
@@ -86,7 +96,7 @@ def test_torchs_generator_is_neither_used_nor_advanced():
 
 
 def test_seed_stream_and_every_counter_change_the_draw():
-    base = dict(seed=1, stream=SAMPLING, counters=(2, 3, 4, 5))
+    base = {"seed": 1, "stream": SAMPLING, "counters": (2, 3, 4, 5)}
     draws = {float(uniform(base["seed"], base["stream"], *base["counters"]))}
     draws.add(float(uniform(2, SAMPLING, 2, 3, 4, 5)))
     draws.add(float(uniform(1, ACTIONS, 2, 3, 4, 5)))
@@ -107,6 +117,11 @@ def test_a_seed_that_would_not_fit_is_refused(seed):
         uniform(seed, SAMPLING, 0)
 
 
+def test_a_counter_too_many_is_refused_instead_of_ignored():
+    with pytest.raises(ValueError, match="at most 4 counters, got 5"):
+        uniform(0, SAMPLING, 1, 2, 3, 4, 5)
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 1000])
 def test_permutation_is_one(size):
     order = permutation(size, 0, DATA_ORDER, 3)
@@ -114,8 +129,18 @@ def test_permutation_is_one(size):
 
 
 def test_permutations_of_other_epochs_steps_and_seeds_differ():
-    orders = {tuple(permutation(20, *key).tolist()) for key in [(0, 3, 0, 0), (0, 3, 0, 1), (0, 3, 1, 0), (1, 3, 0, 0), (0, 2, 0, 0)]}
+    orders = {
+        tuple(permutation(20, *key).tolist())
+        for key in [(0, 3, 0, 0), (0, 3, 0, 1), (0, 3, 1, 0), (1, 3, 0, 0), (0, 2, 0, 0)]
+    }
     assert len(orders) == 5
+
+
+def test_several_permutations_at_once_are_those_of_each_key_alone():
+    together = permutation(9, 1, MINIBATCH, 5, torch.arange(4))
+    assert together.shape == (4, 9)
+    for epoch in range(4):
+        assert torch.equal(together[epoch], permutation(9, 1, MINIBATCH, 5, epoch))
 
 
 def test_every_permutation_is_equally_likely():

@@ -1,4 +1,4 @@
-"""A training run in float64 that tests start as one process of a group: `python -m tests.gym_baselines.group_worker DIR`."""
+"""A training run in float64, one process of a group: `python -m tests.gym_baselines.group_worker DIR`."""
 
 import sys
 
@@ -11,7 +11,7 @@ from rlhf.update import UpdateConfig
 
 
 def config(output_dir):
-    """Nothing divides evenly: 5 environments on 2 processes, minibatches of 15 transitions, ghosts wherever episodes end."""
+    """Nothing divides evenly: 5 environments on 2 processes, minibatches of 15 transitions, ghosts where episodes end."""
     return TrainConfig(
         total_steps=500,
         num_envs=5,

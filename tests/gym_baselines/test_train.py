@@ -1,4 +1,4 @@
-"""Whole training runs: they learn, repeat themselves to the byte, do not depend on the number of processes, refuse bad input."""
+"""Whole training runs: they learn, repeat themselves to the byte, do not depend on the processes, refuse bad input."""
 
 import os
 import socket
@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from gym_baselines import Agent, TrainConfig, evaluate, preset, train
-from gym_baselines.__main__ import main
+from gym_baselines.__main__ import main, parse_config
 from gym_baselines.agent import WEIGHTS_FILE
 from rlhf.algorithms.ppo import PPOConfig
+from rlhf.core.advantages import gae
 from rlhf.errors import InputError
 from rlhf.metrics import METRICS_FILE, read_metrics, unknown_names
 from rlhf.update import UpdateConfig
+from tests.broken import gae_takes_truncation_for_termination
+from tests.controls import refute
 from tests.gym_baselines import group_worker
 from tests.gym_baselines.environments import Clock, Identity
 
@@ -30,38 +33,65 @@ def short(**changes):
 # --- learning ---
 
 
+def quick(env, **changes):
+    """General settings cut down to a few seconds."""
+    return TrainConfig(
+        env=env,
+        total_steps=2_500,
+        rollout_steps=32,
+        learning_rate=1e-2,
+        update=UpdateConfig(num_epochs=5, minibatch_size=64, max_grad_norm=5.0),
+        progress_bar=False,
+        **changes,
+    )
+
+
 def test_ppo_learns_to_name_the_symbol_it_is_shown(distributed):
     """The optimum is 10 of 10; always naming the same symbol gets 10/3."""
-    config = preset("Identity", total_steps=6_000, learning_rate=3e-3, progress_bar=False)
-    config = TrainConfig(**{**vars(config), "rollout_steps": 32})
-    agent = train(config, env=Identity, distributed=distributed)
+    agent = train(quick("Identity"), env=Identity, distributed=distributed)
     assert evaluate(agent.policy, Identity, episodes=20).returns.tolist() == [10.0] * 20
-    assert evaluate(agent.policy, Identity, episodes=100, greedy=False).mean > 9.5
+    assert evaluate(agent.policy, Identity, episodes=100, greedy=False).mean > 9
 
 
-def test_the_value_function_approaches_the_return_of_an_endless_task(distributed):
-    """Reward 1 per step, gamma 0.9, cut after 20 steps by a time limit only: V = 10 in every state. Were the limit taken for
-    an end, V would fall to 1 before it."""
-    config = TrainConfig(
-        env="Clock",
-        total_steps=12_000,
-        num_envs=8,
-        rollout_steps=32,
-        learning_rate=3e-3,
-        ppo=PPOConfig(kl_coef=0.0, gamma=0.9, value_coef=1.0, value_clip_range=None, normalize_advantages="minibatch"),
-        update=UpdateConfig(num_epochs=10, minibatch_size=64, max_grad_norm=0.5),
-        progress_bar=False,
-    )
-    agent = train(
-        config, env=lambda: gym.wrappers.RescaleObservation(_FiniteClock(limit=20), 0, 1), distributed=distributed
-    )
-    with torch.no_grad():
-        values = agent.policy.values(torch.linspace(0, 1, 21)[:, None])
-    assert (values - 10).abs().max() < 0.5
+def test_the_value_function_of_an_endless_task_does_not_notice_its_time_limit(distributed, monkeypatch):
+    """Reward 1 per step, gamma 0.9, episodes cut after 20 steps: V = 10 in every state, also in the last before the cut.
+    Were the limit taken for an end, V would fall to 1 there."""
+    ppo = PPOConfig(kl_coef=0.0, gamma=0.9, value_coef=1.0, value_clip_range=None, normalize_advantages="minibatch")
+
+    def check(estimator):
+        monkeypatch.setattr("rlhf.algorithms.ppo.gae", estimator)
+        agent = train(quick("Clock", ppo=ppo), env=_clock_of_twenty, distributed=distributed)
+        with torch.no_grad():
+            values = agent.policy.values(torch.linspace(0, 1, 21)[:, None])
+        assert (values - 10).abs().max() < 0.6
+
+    check(gae)
+    refute(check, gae_takes_truncation_for_termination)
+
+
+def _clock_of_twenty():
+    return gym.wrappers.RescaleObservation(_FiniteClock(limit=20), 0, 1)
 
 
 class _FiniteClock(Clock):
     observation_space = gym.spaces.Box(0, 20, (1,), np.float64)
+
+
+def test_cartpole_is_balanced_within_40_000_steps(distributed):
+    """rl-zoo's preset first passes 475 after 10 000 to 28 000 steps; the run stops there."""
+    updates = []
+
+    def stop_when_balanced(agent, metrics):
+        updates.append(metrics)
+        if len(updates) % 10 == 0:
+            return evaluate(agent.policy, "CartPole-v1", episodes=10).mean < 475
+        return len(updates) < 160  # of 256 transitions
+
+    agent = train(
+        preset("CartPole-v1", seed=1, progress_bar=False), callbacks=[stop_when_balanced], distributed=distributed
+    )
+    assert evaluate(agent.policy, "CartPole-v1", episodes=20).mean >= 475
+    assert agent.environment_steps < 40_000
 
 
 @pytest.mark.slow
@@ -273,8 +303,6 @@ def test_the_train_command_writes_an_agent_that_the_evaluate_command_plays(tmp_p
 
 
 def test_settings_come_from_the_preset_then_the_file_then_the_command_line(tmp_path):
-    from gym_baselines.__main__ import parse_config
-
     (tmp_path / "run.yaml").write_text("env: CartPole-v1\nnum_envs: 16\nppo: {gamma: 0.9, gae_lambda: 0.5}\n")
     config = parse_config(["--config", str(tmp_path / "run.yaml"), "--ppo.gamma", "0.8", "--seed", "5"])
     assert (config.num_envs, config.ppo.gamma, config.ppo.gae_lambda, config.seed) == (16, 0.8, 0.5, 5)
