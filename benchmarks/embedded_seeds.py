@@ -1,6 +1,6 @@
 """The embedded pipeline over three seeds, and whether it keeps what the README promises. About ten minutes on 2 cores.
 
-    make bench          or          python benchmarks/embedded_seeds.py [OUTPUT_DIR]
+make bench          or          python benchmarks/embedded_seeds.py [OUTPUT_DIR]
 """
 
 import json

@@ -7,6 +7,8 @@ from math import prod, sqrt
 import torch
 from torch import Tensor, nn
 
+from rlhf.core.logprobs import entropy, token_logprobs
+from rlhf.core.random import invert_cdf
 from rlhf.types import Inputs, PolicyOutputs
 
 
@@ -40,18 +42,18 @@ class CategoricalPolicy(nn.Module):
     ) -> PolicyOutputs:
         """Scores `actions`, (rows, 1) int64, at inputs["observations"], (rows, ...); outputs are (rows, 1)."""
         observations = inputs["observations"].flatten(1)
-        logprobs = self.policy_net(observations).log_softmax(-1)
+        logits = self.policy_net(observations).unsqueeze(1)
         return PolicyOutputs(
-            logprobs=logprobs.gather(1, actions),
+            logprobs=token_logprobs(logits, actions),
             values=self.value_net(observations) if with_values else None,
-            entropy=-(logprobs.exp() * logprobs).sum(1, keepdim=True) if with_entropy else None,
+            entropy=entropy(logits) if with_entropy else None,
         )
 
     def sample(self, observations: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Actions and their log-probs, (rows,) each, from draws in [0, 1), (rows,) float64."""
         logits = self.policy_net(observations.flatten(1))
-        actions = invert_cdf(logits, draws).unsqueeze(1)
-        return actions.squeeze(1), logits.log_softmax(-1).gather(1, actions).squeeze(1)
+        actions = invert_cdf(logits, draws)
+        return actions, token_logprobs(logits, actions)
 
     def greedy(self, observations: Tensor) -> Tensor:
         """The most likely action of each row, (rows,)."""
@@ -60,16 +62,6 @@ class CategoricalPolicy(nn.Module):
     def values(self, observations: Tensor) -> Tensor:
         """V of each observation, (rows,)."""
         return self.value_net(observations.flatten(1)).squeeze(1)
-
-
-def invert_cdf(logits: Tensor, draws: Tensor) -> Tensor:
-    """The first action whose cumulative probability exceeds the draw: (rows, actions), (rows,) -> (rows,) int64.
-
-    Sums run in float64, so that every action has its probability to 15 digits, and none of probability 0 is chosen.
-    """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    target = draws * cumulative[:, -1] * (1 - 2.0**-52)  # below the total, whatever rounding did to it
-    return (cumulative <= target.unsqueeze(1)).sum(1)
 
 
 def _mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator) -> nn.Sequential:

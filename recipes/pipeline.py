@@ -102,11 +102,8 @@ def _train_sft(root: Path, folder: Path, seed: int) -> None:
         model="(made from a config)",
         dataset=str(root / "data" / "sft.jsonl"),
         output_dir=str(folder),
-        learning_rate=3e-3,
-        num_epochs=4,
-        batch_size=64,
-        microbatch_size=64,
         seed=seed,
+        **embedded.SFT_SETTINGS,
     )
     model = LlamaForCausalLM(embedded.model_config())
     fine_tune(
@@ -121,11 +118,8 @@ def _train_reward_model(root: Path, folder: Path, seed: int) -> None:
             dataset=str(root / "data" / "preferences_train.jsonl"),
             eval_dataset=str(root / "data" / "preferences_test.jsonl"),
             output_dir=str(folder),
-            learning_rate=1e-3,
-            num_epochs=1,
-            batch_size=32,
-            microbatch_size=32,
             seed=seed,
+            **embedded.REWARD_MODEL_SETTINGS,
         )
     )
 

@@ -17,6 +17,7 @@ from supervised import (
     check_output_dir,
     fit,
     match_special_tokens,
+    quiet_libraries,
     save,
     training_arguments,
 )
@@ -87,6 +88,7 @@ def fine_tune(
 def train_sft(config: SFTConfig) -> Path:
     """Load what `config` names, fine-tune, and return the folder of the result."""
     check_output_dir(config)
+    quiet_libraries()
     tokenizer = load_tokenizer(config.model, setting="model")
     train_rows = load_rows(config.dataset)
     eval_rows = None if config.eval_dataset is None else load_rows(config.eval_dataset, setting="eval_dataset")

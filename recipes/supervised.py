@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -78,6 +80,12 @@ def check_output_dir(config: SupervisedConfig) -> None:
         raise InputError(f"output_dir {folder} is not empty. Name another folder, or replace it with --overwrite true.")
     if config.resume and not any(config.checkpoint_dir.glob("checkpoint-*")):
         raise InputError(f"resume is true, but {config.checkpoint_dir} holds no checkpoint. Run with --resume false.")
+
+
+def quiet_libraries() -> None:
+    """Turn off bars that libraries draw for single files; the bar of the training itself is ours."""
+    transformers.utils.logging.disable_progress_bar()  # one per checkpoint file read and written
+    datasets.disable_progress_bars()  # one per data file, gone before it can be read
 
 
 def split_batch(batch_size: int, microbatch_size: int, processes: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.core.logprobs import token_logprobs
-from rlhf.core.random import uniform
+from rlhf.core.random import invert_cdf, uniform
 from rlhf.errors import InputError
 
 
@@ -151,14 +151,14 @@ def left_pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor
     return ids, attention
 
 
-def invert_cdf(logits: Tensor, draw: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Tokens (rows,) from logits (rows, vocabulary) and uniform numbers (rows,): the first whose cumulative probability
-    exceeds the draw, in float64. A token of probability 0 is never chosen."""
-    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    total = cumulative[:, -1]
-    target = torch.minimum(draw * total, torch.nextafter(total, torch.zeros_like(total)))
-    chosen = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
-    return chosen.clamp(max=logits.shape[-1] - 1)  # logits that are NaN lead beyond; their log-prob stops the run
+def check_cache(lm: PreTrainedModel) -> None:
+    """Ended rows leave the cache and one prefill serves several completions: every layer's cache must allow it."""
+    layers = DynamicCache(config=lm.config).layers
+    if getattr(lm, "_is_stateful", False) or not all(hasattr(layer, "batch_select_indices") for layer in layers):
+        raise InputError(
+            f"policy: {type(lm).__name__} keeps a recurrent state, which generation here cannot share or drop by rows. "
+            "Use a model with attention in every layer."
+        )
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:

@@ -63,7 +63,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--num_completions", type=int, default=3)
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, one completion")
-    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message, through the chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="send the prompt as a user's message, through the chat template"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

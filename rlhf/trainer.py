@@ -21,7 +21,7 @@ from rlhf.core.random import EVALUATION, SAMPLING
 from rlhf.data import PromptDataset
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError, TrainingError
-from rlhf.generation import Draws, end_tokens
+from rlhf.generation import Draws, check_cache, end_tokens
 from rlhf.models import (
     Policy,
     check_precision,
@@ -119,6 +119,7 @@ class Trainer:
             microbatch_tokens=config.update.microbatch_tokens,
             distributed=self.distributed,
         )
+        self._reference_fingerprint = None if self.reference is None else fingerprint(self.reference)
         self.state = algorithm.initial_state()
         self.run = RunDirectory(
             config.output_dir,
@@ -265,6 +266,7 @@ class Trainer:
     def _check_model(self, lm: PreTrainedModel) -> None:
         check_vocabulary(lm, self.tokenizer)
         check_precision(lm)
+        check_cache(lm)
         end_tokens(lm, self.tokenizer.eos_token_id)
         longest = self.data.longest + self.config.generation.max_new_tokens
         limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
@@ -371,7 +373,7 @@ class Trainer:
             **asdict(self.config),
             "dataset": self.data.fingerprint,
             "rewards": self.rewards.names,
-            "reference": None if self.reference is None else fingerprint(self.reference),
+            "reference": self._reference_fingerprint,
             "algorithm": type(self.algorithm).__name__,
         }
 
@@ -401,8 +403,8 @@ class Trainer:
             f"{sum(p.numel() for p in self.policy.parameters()):,} parameters, output in {c.output_dir}",
             f"data: {len(data)} prompts ({data.dropped} dropped, {data.truncated} cut), "
             + (f"{len(self.eval_data)} for evaluation" if self.eval_data else "none for evaluation"),
-            f"batch: {c.prompts_per_step} prompts x {self.algorithm.completions_per_prompt} = {completions} completions per step, "
-            f"{c.update.num_epochs} epoch(s) x {completions // size} minibatch(es) of {size}",
+            f"batch: {c.prompts_per_step} prompts x {self.algorithm.completions_per_prompt} = {completions} completions "
+            f"per step, {c.update.num_epochs} epoch(s) x {completions // size} minibatch(es) of {size}",
             f"rewards: {', '.join(self.rewards.names)}",
             *self._notes,
         )
@@ -420,8 +422,8 @@ class Trainer:
         )
         if gap > MAX_SAMPLER_GAP:
             raise TrainingError(
-                f"Sampling and training log-probs of the same token differ by {gap:.3g} nats (limit {MAX_SAMPLER_GAP}): the "
-                f"forward of {type(self.policy.lm).__name__} with a cache and without are not the same policy. Nothing was "
+                f"Sampling and training log-probs of the same token differ by {gap:.3g} nats (limit {MAX_SAMPLER_GAP}): "
+                f"the forward of {type(self.policy.lm).__name__} with a cache and without are not the same policy. Nothing was "
                 "trained. Use another attention implementation or precision, or report the model."
             )
 

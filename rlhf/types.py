@@ -1,4 +1,5 @@
-"""The data that control tasks and language models share. A row is one environment or one completion; time is its steps or tokens.
+"""The data that control tasks and language models share. A row is one environment or completion; time is its steps or
+tokens.
 
 Worked example, a language model (rows=2, time=3; "." is padding, <e> the end-of-sequence token that counts):
 

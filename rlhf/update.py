@@ -70,8 +70,8 @@ def update(
         norm = distributed.clip_gradients(policy, config.max_grad_norm)
         if not torch.isfinite(norm):
             raise TrainingError(
-                f"The gradient of step {step}, epoch {epoch}, optimizer step {optimizer_steps} is not finite; the "
-                "weights were not touched. Lower learning_rate, or look for a reward or model output of extreme size."
+                f"The gradient of step {step}, epoch {epoch}, optimizer step {optimizer_steps} is not finite; it was "
+                "not applied. Lower learning_rate, or look for a reward or model output of extreme size."
             )
         optimizer.step()
         optimizer_steps += 1

@@ -1,5 +1,9 @@
 """Settings of the whole suite: one thread per process (tiny tensors are slower with more), and one process group of one."""
 
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the promises are for the CPU, also on a machine with a GPU
+
 import pytest
 import torch
 

@@ -11,9 +11,11 @@ from itertools import accumulate
 import pytest
 import torch
 
-from rlhf.core.random import SAMPLING, uniform
+from transformers import AutoModelForCausalLM, MambaConfig
+
+from rlhf.core.random import SAMPLING, invert_cdf, uniform
 from rlhf.errors import InputError
-from rlhf.generation import Completion, Draws, GenerationConfig, end_tokens, generate, invert_cdf
+from rlhf.generation import Completion, Draws, GenerationConfig, check_cache, end_tokens, generate
 from tests import tiny
 
 PROMPTS = tiny.sequences(5, seed=3, longest=9)
@@ -347,3 +349,11 @@ def test_impossible_settings_are_named(changes):
     (name,) = changes
     with pytest.raises(InputError, match=f"generation.{name}"):
         GenerationConfig(**changes)
+
+
+def test_a_model_with_a_recurrent_state_is_refused_by_name():
+    lm = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=11, hidden_size=16, num_hidden_layers=1, state_size=4, eos_token_id=2)
+    )
+    with pytest.raises(InputError, match=r"policy: MambaForCausalLM keeps a recurrent state"):
+        check_cache(lm)

@@ -1,4 +1,4 @@
-"""The real `PPOTrainer` against the known optimum (ALGORITHMS.md D1, D2, D24).
+"""The real `PPOTrainer` against the known optimum.
 
 pi*(y) = ref(y) exp(R(y) / beta) / Z over the 15 sentences of tests/tree.py. With KL in the reward, token by token with
 return-to-go, training must end there; with any other placement it must not.

@@ -1,4 +1,4 @@
-"""A language with 15 sentences, small enough to know everything about it (ALGORITHMS.md, fixture T).
+"""A language with 15 sentences, small enough to know everything about it.
 
 Vocabulary 3, token 0 ends a sentence, at most 3 tokens: 15 sequences over 7 prefixes, the states. A policy is a table
 theta[prefix, token] of logits; every expectation is a finite sum and can be differentiated. Reward R(y) is given once, at

@@ -30,7 +30,8 @@ class PPOConfig:
     anneal_clip: bool = False
     """Let the clip range fall linearly to 0 over the run."""
     value_clip_range: float | None = 0.2
-    """Largest change of a value per step, in units of the reward; no limit if null."""
+    """Largest change of a value per step, in units of the reward; no limit if null. Where returns are skewed, a small one
+    makes the values settle beside their mean."""
     value_coef: float = 0.1
     """Weight of the value loss 0.5 (V - R)^2."""
     entropy_coef: float = 0.0

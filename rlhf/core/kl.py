@@ -40,7 +40,7 @@ def sequence_kl_estimate(
     """The estimator of the *summed* log-ratio of each row: (rows, time) -> (rows,).
 
     Only this (k2 as a loss, k1 as a reward with return-to-go) has the gradient of the sequence's KL: summing per-token
-    losses loses the effect of a token on the divergence of later ones (arXiv 2506.09477; ALGORITHMS.md B5).
+    losses loses the effect of a token on the divergence of later ones (arXiv 2506.09477).
     """
     log_ratio = torch.where(mask, sampler_logprobs - other_logprobs, 0.0).sum(-1)
     return kl_estimate(log_ratio, torch.zeros_like(log_ratio), estimator)

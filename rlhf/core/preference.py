@@ -1,4 +1,4 @@
-"""The Bradley-Terry loss of a reward model: elementwise, minimised, torch only (ALGORITHMS B1)."""
+"""The Bradley-Terry loss of a reward model: elementwise, minimised, torch only."""
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid

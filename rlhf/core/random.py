@@ -61,3 +61,16 @@ def permutation(size: int, seed: int, stream: int, *counters: int | Tensor) -> T
     """
     keys = [counter.unsqueeze(-1) if isinstance(counter, Tensor) else counter for counter in counters]
     return uniform(seed, stream, torch.arange(size), *keys).argsort(dim=-1, stable=True)
+
+
+def invert_cdf(logits: Tensor, draw: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Samples of softmax(logits / temperature) from uniform numbers: (rows, choices), (rows,) -> (rows,) int64.
+
+    The first choice whose cumulative probability, in float64, exceeds the draw; one of probability 0 is never taken.
+    Logits that are NaN give the last choice; its log-prob, NaN too, stops the run.
+    """
+    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    total = cumulative[:, -1]
+    target = torch.minimum(draw * total, torch.nextafter(total, torch.zeros_like(total)))
+    chosen = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
+    return chosen.clamp(max=logits.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""GAE against sums over segments, worked out without a recursion (ALGORITHMS.md A2, D8, D9; FIELD.md on holes)."""
+"""GAE against sums over segments, worked out without a recursion."""
 
 import pytest
 import torch

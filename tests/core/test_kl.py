@@ -1,4 +1,4 @@
-"""KL estimators by enumeration: their means, their gradients as a loss and as a reward (ALGORITHMS.md D4, D5, D23)."""
+"""KL estimators by enumeration: their means, their gradients as a loss and as a reward."""
 
 from math import log
 

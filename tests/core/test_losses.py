@@ -1,4 +1,4 @@
-"""PPO's losses, exactly: where their gradient is zero and what it is elsewhere (ALGORITHMS.md A3-A5, D3, D10, D11)."""
+"""PPO's losses, exactly: where their gradient is zero and what it is elsewhere."""
 
 from math import exp
 
@@ -157,7 +157,7 @@ def test_weighted_by_probability_the_loss_has_the_exact_gradient_of_the_expected
     refute(check_enumerated_gradient, broken.clip_flips_the_advantage)
 
 
-# --- masks before exp (E 8; DESIGN.md section 3) ---
+# --- masks before exp ---
 
 
 def check_masked_infinities(surrogate) -> None:

@@ -7,7 +7,7 @@ from rlhf.core.masking import masked_mean, masked_sum, weighted_sum, whiten
 from tests import broken
 from tests.controls import names, refute, run_ranks
 
-# The mask of ALGORITHMS.md D19: 1, 2, 3, 4 count; pads hold something else.
+# 1, 2, 3, 4 count; pads hold something else.
 MASK = torch.tensor([[True, True, False], [True, True, False]])
 
 

@@ -1,4 +1,4 @@
-"""The Bradley-Terry loss against closed forms (ALGORITHMS D22) and against torch's own pieces."""
+"""The Bradley-Terry loss against closed forms and against torch's own pieces."""
 
 import math
 
