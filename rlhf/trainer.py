@@ -65,8 +65,8 @@ class Trainer:
     """Trains a causal LM against rewards with any `Algorithm`.
 
     policy: a path or a transformers causal LM (trained in place). rewards: reward functions, `RewardModel`s, paths of
-    reward models, or a list of them. dataset: a path, a `datasets.Dataset` or a list of rows, with a column "prompt" or "messages".
-    reference: the policy to stay close to; by default a frozen copy of `policy` as it is now.
+    reward models, or a list of them. dataset: a path, a `datasets.Dataset` or a list of rows, with a column "prompt" or
+    "messages". reference: the policy to stay close to; by default a frozen copy of `policy` as it is now.
     """
 
     def __init__(
@@ -423,8 +423,8 @@ class Trainer:
         if gap > MAX_SAMPLER_GAP:
             raise TrainingError(
                 f"Sampling and training log-probs of the same token differ by {gap:.3g} nats (limit {MAX_SAMPLER_GAP}): "
-                f"the forward of {type(self.policy.lm).__name__} with a cache and without are not the same policy. Nothing was "
-                "trained. Use another attention implementation or precision, or report the model."
+                f"the forward of {type(self.policy.lm).__name__} with a cache and without are not the same policy. "
+                "Nothing was trained. Use another attention implementation or precision, or report the model."
             )
 
 

@@ -10,7 +10,6 @@ from itertools import accumulate
 
 import pytest
 import torch
-
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from rlhf.core.random import SAMPLING, invert_cdf, uniform
