@@ -84,7 +84,7 @@ def test_cartpole_is_balanced_within_40_000_steps(distributed):
     def stop_when_balanced(agent, metrics):
         updates.append(metrics)
         if len(updates) % 10 == 0:
-            return evaluate(agent.policy, "CartPole-v1", episodes=10).mean < 475
+            return evaluate(agent.policy, "CartPole-v1", episodes=20).mean < 475
         return len(updates) < 160  # of 256 transitions
 
     agent = train(
