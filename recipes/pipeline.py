@@ -47,6 +47,7 @@ def gold(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 
 def run(config: "PPORecipe") -> dict[str, dict[str, float]]:
     """All stages; the numbers of the table that is printed in the end."""
+    torch.set_num_threads(1)  # the model is too small to share out: with two threads every stage is slower
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: every file is small here
     datasets.disable_progress_bars()
     distributed, root = Distributed(), Path(config.output_dir)
