@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gym_baselines.agent import Agent
 from gym_baselines.config import PRESETS, TrainConfig, preset
 from gym_baselines.evaluate import evaluate
 from gym_baselines.train import train
+from rlhf.cli import guard, parse
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError, TrainingError
+from rlhf.errors import InputError
 
 EVALUATION_FILE = "evaluation.json"
 USAGE = """usage: python -m gym_baselines COMMAND ...
@@ -35,14 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     torch.set_num_threads(1)  # the networks are too small to share out: more threads are slower
-    try:
+    with guard():
         commands[arguments[0]](arguments[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except TrainingError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def train_command(argv: Sequence[str]) -> None:
@@ -95,19 +89,8 @@ def summary(config: TrainConfig, num_processes: int) -> str:
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:
     """Settings: the environment's preset, then `--config FILE.yaml`, then the command line."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m gym_baselines train", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
-    parser.add_class_arguments(TrainConfig)
-    parser.set_defaults(dict(_flat(asdict(preset(_named_env(argv))))))
-    try:
-        namespace = parser.parse_args(list(argv))
-        del namespace["config"]
-        config = TrainConfig(
-            **parser.instantiate(namespace).as_dict()
-        )  # as_dict: `update` is also a method of Namespace
-    except ArgumentError as error:
-        raise InputError(f"{' '.join(str(error).split())} See python -m gym_baselines train --help.") from error
+    tuned = dict(_flat(asdict(preset(_named_env(argv)))))
+    config = parse(TrainConfig, argv, description="Train PPO on a Gymnasium environment.", defaults=tuned)
     folder = config.output_dir or f"runs/{config.env.replace('/', '-')}-seed{config.seed}"
     return replace(config, output_dir=folder)
 

@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -49,8 +49,17 @@ def run_command(config_class: type[T], command: Callable[[T], Any], description:
         return command(parse(config_class, description=description))
 
 
-def parse(config_class: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
-    """A `config_class` from `argv` (default: the command line); InputError names setting, value and remedy."""
+def parse(
+    config_class: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
+    """A `config_class` from `argv` (default: the command line); InputError names setting, value and remedy.
+
+    defaults: dotted name -> value, instead of the class's own.
+    """
     files, overrides = _split(sys.argv[1:] if argv is None else argv)
     hints = dict(_settings(config_class))
     for file in files:
@@ -61,6 +70,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below; may be repeated")
     parser.add_class_arguments(config_class)
+    parser.set_defaults(dict(defaults or {}))
     try:
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *overrides])  # left to right
         del namespace["config"]

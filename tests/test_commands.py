@@ -36,7 +36,9 @@ def test_a_users_model_prompts_and_reward_function_train_by_one_command_and_the_
     )
     learnt = scores(tmp_path / "ppo")
     assert sum(learnt[-3:]) / 3 > learnt[0] + 0.2, learnt
-    code = "import sys; from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
     run("-c", code, tmp_path / "ppo" / "policy", cwd=tmp_path)
 
 
