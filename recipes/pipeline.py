@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def run(config: "PPORecipe") -> dict[str, dict[str, float]]:
     torch.set_num_threads(1)  # the model is too small to share out: with two threads every stage is slower
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: every file is small here
     datasets.disable_progress_bars()
-    distributed, root = Distributed(), Path(config.output_dir)
+    distributed, root = Distributed(precision=config.precision), Path(config.output_dir)
     stages = Stages(root, config, distributed)
     stages.run("data", "data", lambda folder: embedded.write_data(folder, config.seed), on_main=True)
     stages.run("supervised fine-tuning", "sft", lambda folder: _train_sft(root, folder, config.seed))
@@ -71,19 +72,26 @@ class Stages:
             if root.exists() and any(root.iterdir()) and not mark.is_file():
                 raise InputError(f"output_dir={str(root)!r} holds something else. Choose another directory.")
             root.mkdir(parents=True, exist_ok=True)
-            if mark.is_file() and json.loads(mark.read_text())["seed"] != config.seed:
+            settings = json.loads(json.dumps(asdict(config.training(output_dir=""))))
+            saved = json.loads(mark.read_text()) if mark.is_file() else settings
+            changed = [
+                f"{name}: {saved.get(name)} -> {value}" for name, value in settings.items() if saved.get(name) != value
+            ]
+            if changed:
                 raise InputError(
-                    f"output_dir={str(root)!r} was made with another seed than {config.seed}. Choose another directory, or "
-                    "start it anew with --overwrite true."
+                    f"output_dir={str(root)!r} was made with other settings ({'; '.join(changed)}). Choose another "
+                    "directory, or start it anew with --overwrite."
                 )
-            mark.write_text(json.dumps({"seed": config.seed}) + "\n")
+            mark.write_text(json.dumps(settings) + "\n")
         distributed.barrier()
 
     def run(self, name: str, folder: str, make: Callable[[Path], Any], on_main: bool = False) -> None:
         """`make(folder)` leaves the folder whole or not at all. on_main: the other processes wait."""
         path = self.root / folder
-        if path.exists():
-            self._say(f"{name}: reusing {path} (--overwrite true starts anew)")
+        finished = path.exists()
+        self.distributed.barrier()  # all have looked before one makes it
+        if finished:
+            self._say(f"{name}: reusing {path} (--overwrite starts anew)")
             return
         self._say(f"{name} -> {path}")
         if not on_main or self.distributed.is_main:
@@ -170,9 +178,9 @@ def _sample(
     tokenizer = load_tokenizer(str(folder))
     temperature = config.generation.temperature
     collector = Collector(
-        policy=Policy(load_causal_lm(str(folder)), temperature=temperature),
-        reference=Policy(load_causal_lm(str(root / "sft")), temperature=temperature),
-        rewards=Rewards([RewardModel.load(root / "reward_model"), gold], weights=[1.0, 0.0]),
+        policy=Policy(load_causal_lm(str(folder)), temperature=temperature).to(distributed.device),
+        reference=Policy(load_causal_lm(str(root / "sft")), temperature=temperature).to(distributed.device),
+        rewards=Rewards([RewardModel.load(root / "reward_model", distributed.device), gold], weights=[1.0, 0.0]),
         tokenizer=tokenizer,
         generation=config.generation,
         missing_eos="keep",

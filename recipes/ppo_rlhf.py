@@ -8,7 +8,9 @@ Without `--policy` the whole of RLHF runs on embedded data (pipeline.py): SFT, r
 Every setting of rlhf/config.py works as `--name value` and in a YAML file given with `--config`.
 """
 
+import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -52,8 +54,12 @@ class PPORecipe(PPOTrainerConfig):
                 raise InputError(
                     "reward_model and reward are both missing: name at least one, such as --reward file.py:name."
                 )
-        elif self.dataset or self.reward_model or self.reward:
-            raise InputError("policy: name the model to train; without it only the embedded data can be used.")
+            return
+        for name in ("tokenizer", "dataset", "eval_dataset", "reward_model", "reward", "reward_weights"):
+            if getattr(self, name):
+                raise InputError(
+                    f"{name} is set but policy is not: name the model to train, or leave both out for the embedded data."
+                )
 
     def training(self, **changes: Any) -> PPOTrainerConfig:
         """The trainer's own settings, without what the command adds."""
@@ -87,5 +93,12 @@ def main(config: PPORecipe) -> None:
         pipeline.run(config)
 
 
+def default_settings(arguments: list[str]) -> list[str]:
+    """Without a policy or settings of the user's, those of the embedded task."""
+    named = any(a.split("=")[0] in ("--policy", "--config", "--help", "-h", "--print_config") for a in arguments)
+    return [] if named else [f"--config={Path(__file__).parent / 'configs' / 'ppo_embedded.yaml'}"]
+
+
 if __name__ == "__main__":
+    sys.argv[1:1] = default_settings(sys.argv[1:])
     run_command(PPORecipe, main, "PPO fine-tuning of a language model.")

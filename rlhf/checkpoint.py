@@ -135,6 +135,8 @@ class RunDirectory:
                 discard(path)
             for file in written:
                 file.unlink()
+            for name in RUN_NAMES[-2:]:
+                shutil.rmtree(self.path / name, ignore_errors=True)
         if not ours:
             write_file(mark, _RUN_MARK)
         self.checkpoints.mkdir(exist_ok=True)

@@ -67,6 +67,10 @@ class TrainerConfig:
             raise InputError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must lie in [0, 2**32), got {self.seed}.")
+        if self.missing_eos == "subtract" and not (self.missing_eos_value or 0) > 0:
+            raise InputError(
+                f'missing_eos_value={self.missing_eos_value}: give "subtract" a number above 0 to take off.'
+            )
         if (self.missing_eos != "keep") != (self.missing_eos_value is not None):
             raise InputError(
                 f"missing_eos={self.missing_eos!r} and missing_eos_value={self.missing_eos_value} do not go together: "

@@ -30,7 +30,7 @@ class Distributed:
         """precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a name Accelerate knows."""
         try:
             self.accelerator = Accelerator(
-                cpu=not torch.accelerator.is_available(),
+                cpu=not torch.cuda.is_available(),  # draws need float64, which Apple's GPUs lack
                 mixed_precision="bf16" if precision == "bfloat16" else "no",
                 log_with=tracker,
                 project_dir=tracker_dir,
@@ -62,7 +62,11 @@ class Distributed:
 
     def all_sum(self, values: Tensor) -> Tensor:
         """`values` added over all processes."""
-        return values if self.world_size == 1 else self.accelerator.reduce(values, reduction="sum")
+        if self.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.device), reduction="sum").to(
+            values.device
+        )  # NCCL has no CPU sums
 
     @contextmanager
     def accumulate(self, policy: Module, *, last: bool) -> Iterator[None]:
@@ -120,8 +124,10 @@ class Distributed:
         self.accelerator.wait_for_everyone()
 
     def start_tracking(self, run_name: str, config: Mapping[str, Any]) -> None:
+        """config: settings, nested ones under dotted names; trackers take numbers and text alone."""
         if self.accelerator.log_with:
-            self.accelerator.init_trackers(run_name, config=dict(config))
+            plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in _dotted(config)}
+            self.accelerator.init_trackers(run_name, config=plain)
 
     def track(self, metrics: Mapping[str, float], step: int) -> None:
         self.accelerator.log(dict(metrics), step=step)
@@ -131,6 +137,14 @@ class Distributed:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
+
+
+def _dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _leave_group() -> None:

@@ -33,7 +33,6 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "score": ("mean score of the completions, all reward functions weighted", "score", "rises while samples get worse"),
     "score_std": ("standard deviation of the step's scores", "score", "0: nothing to learn from"),
     "rewards/<function>/mean": ("mean score given by one reward function", "score"),
-    "rewards/<function>/std": ("standard deviation of one reward function's scores", "score", "0: tells nothing apart"),
     "rewards/<function>/abstained": ("share of completions on which one reward function returned None", "share"),
     "rewards/unscored": ("share of completions that no reward function scored", "share", "above 0"),
     "custom/<name>": ("a number that the user's reward function logged", ""),
@@ -45,15 +44,9 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "entropy": ("mean entropy of the policy's distribution", "nats per token", "falls to 0 early, or keeps rising"),
     "policy_kl": ("KL(old || policy) of the update, k3 estimator", "nats per token", "above 0.05: too large a step"),
     "policy_kl_k1": ("KL(old || policy) of the update, k1 estimator; may be negative", "nats per token"),
-    "clip_fraction": ("share of tokens whose gradient the clip removed", "share", "above 0.3, or 0 for long"),
     "clip_fraction_low": ("share of tokens clipped at the lower bound (advantage < 0)", "share", "above 0.3"),
     "clip_fraction_high": ("share of tokens clipped at the upper bound (advantage > 0)", "share", "above 0.3"),
-    "ratio_outside_fraction": ("share of tokens whose ratio left the clip range, clipped or not", "share", "above 0.3"),
     "explained_variance": ("1 - Var(returns - values) / Var(returns)", "1", "below 0 after the first steps"),
-    "value_mean": ("mean predicted value", "score", "far from the mean return"),
-    "return_mean": ("mean return that the values are trained towards", "score"),
-    "advantage_mean": ("mean advantage before whitening", "score", "far from 0: the values lag behind"),
-    "advantage_std": ("standard deviation of the advantages before whitening", "score", "0: nothing to learn from"),
     "grad_norm": ("global gradient norm before clipping", "1", "spikes, or always above max_grad_norm"),
     "learning_rate": ("learning rate of this step", "1"),
     "optimizer_steps": (
@@ -61,19 +54,13 @@ _ROWS: dict[str, tuple[str, ...]] = {
         "steps",
         "fewer than planned: target_kl stopped it",
     ),
-    "updates_done": ("training steps (rollout and update) done so far", "steps"),
     "environment_steps": ("environment steps done so far, over all environments", "steps"),
     "prompts_seen": ("prompts drawn from the data set so far", "prompts"),
     "completion_length": ("mean completion length, EOS included", "tokens", "drifts while the score stands still"),
-    "completion_length_min": ("shortest completion of the step", "tokens", "1: empty answers"),
-    "completion_length_max": ("longest completion of the step", "tokens"),
     "truncated_fraction": ("share of completions cut by the length limit", "share", "above 0.3"),
     "sampler_gap": ("largest |sampling - training log-prob| of the step's tokens", "nats", "above 1e-4 in float32"),
-    "sampler_kl": ("KL(sampler || old policy), k1 on sampled tokens", "nats per token", "above 0.01"),
     "episode_return": ("mean undiscounted return of the last 100 finished episodes", "reward"),
     "episode_length": ("mean length of the last 100 finished episodes", "steps"),
-    "gold_score": ("mean score by the hidden gold scorer (embedded data only)", "score", "falls while score rises"),
-    "win_rate": ("share of prompts where the policy's completion beats the SFT model's", "share", "below 0.5"),
 }
 TABLE = {name: Metric(*row) for name, row in _ROWS.items()}
 """Every metric that a run may log, defined once. `<...>` in a name stands for any text without a slash."""
@@ -131,7 +118,9 @@ class JsonLines:
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Sorted keys, all digits; on the disk's cache when it returns."""
         try:
-            self._file.write(json.dumps({**record, "step": step}, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+            self._file.write(
+                json.dumps({**record, "step": step}, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n"
+            )
             self._file.flush()
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be written at step {step}: {error}") from error

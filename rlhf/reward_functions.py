@@ -114,7 +114,8 @@ def signature_of(function: Callable[..., Any]) -> Signature:
 def name_of(function: Callable[..., Any]) -> str:
     """Its name in logs and messages."""
     function = getattr(function, "func", function)  # functools.partial
-    return getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__
+    name = getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__
+    return str(name).replace("/", "_")
 
 
 # --- what it returns ---

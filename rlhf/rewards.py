@@ -144,7 +144,7 @@ class Rewards:
         return RewardResult(
             scores=scores,
             per_function=per_function,
-            totals=_totals(per_function) | log.metrics | {"rewards/unscored": (len(unscored), len(scores))},
+            totals=_totals(per_function) | _custom(log.metrics) | {"rewards/unscored": (len(unscored), len(scores))},
             extra=log.columns,
         )
 
@@ -218,6 +218,11 @@ def completion_texts(prompts: Sequence[Text], completion_ids: Sequence[Sequence[
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
+
+
+def _custom(logged: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """What a function logs as "accuracy" is reported as "custom/accuracy"; a slash would make it another name."""
+    return {f"custom/{name.removeprefix('custom/').replace('/', '_')}": pair for name, pair in logged.items()}
 
 
 def _totals(per_function: Mapping[str, Sequence[float | None]]) -> dict[str, tuple[float, float]]:

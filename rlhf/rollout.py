@@ -108,7 +108,7 @@ class Collector:
         sums.add(_mean("score", scores) | _mean("score_std", [s * s for s in scores]))
         sums.add(_mean("completion_length", [len(c.ids) for c in completions]))
         sums.add(_mean("truncated_fraction", [not c.ended for c in completions]))
-        totals = {_metric_name(name): pair for name, pair in rollout.rewards.totals.items()}
+        totals = dict(rollout.rewards.totals)
         for name in self.distributed.gather_objects(list(totals)):  # a function may log a metric on one process only
             totals.setdefault(name, (0.0, 0.0))
         sums.add({name: (_number(total), _number(count)) for name, (total, count) in totals.items()})
@@ -237,12 +237,6 @@ def sampler_metrics(batch: TrainingBatch) -> dict[str, float]:
 def _right_pad(rows: Sequence[Sequence[Any]], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=dtype, device=device)
-
-
-def _metric_name(name: str) -> str:
-    """What a reward function logs as "accuracy" is reported as "custom/accuracy"."""
-    known = name.startswith(("rewards/", "custom/"))
-    return name if known else f"custom/{name.replace('/', '_')}"
 
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:

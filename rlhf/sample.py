@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.cli import guard
 from rlhf.core.random import SAMPLING
 from rlhf.data import PromptDataset
+from rlhf.errors import InputError
 from rlhf.generation import Completion, Draws, GenerationConfig, end_tokens, generate
 from rlhf.models import load_causal_lm, load_tokenizer
 
@@ -27,7 +28,9 @@ def complete(
     greedy: bool = False,
 ) -> list[Completion]:
     """Completions of one prompt, text or messages; equal seeds and turns give equal completions."""
-    limit = lm.config.get_text_config().max_position_embeddings - config.max_new_tokens
+    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", 2**20) - config.max_new_tokens
+    if limit < 1:
+        raise InputError(f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt. Lower it.")
     data = PromptDataset.build(_rows(prompt), tokenizer, max_prompt_tokens=limit, setting="prompt")
     return generate(
         lm,
@@ -74,6 +77,8 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     arguments = _arguments()
+    if arguments.num_completions < 1 or not 0 <= arguments.seed < 2**32:
+        raise InputError("num_completions must be at least 1, and seed in [0, 2**32).")
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature)
     tokenizer, lm = load_tokenizer(arguments.model, setting="model"), load_causal_lm(arguments.model, setting="model")
     lm.eval()

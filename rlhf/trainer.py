@@ -45,7 +45,7 @@ from rlhf.update import update
 MUST_MATCH = {"seed", "prompts_per_step", "dataset", "reference", "algorithm", "generation"}
 """What a resumed run may not change: the prompts, the draws or the objective would be others from there on."""
 
-MAX_SAMPLER_GAP = 0.1
+MAX_SAMPLER_GAP = {"float32": 0.1, "bfloat16": 1.0}
 """Nats between sampling and training log-probs of one token beyond which they are not the same policy."""
 
 
@@ -94,7 +94,8 @@ class Trainer:
         self.eval_data = None if eval_dataset is None else self._prompts(eval_dataset, "eval_dataset")
         self._check_batch_sizes()
         self.rewards = Rewards([self._reward(r) for r in _as_list(rewards)], weights=config.reward_weights)
-        self.rewards.check_columns(self.data[0].columns)
+        for data in filter(None, (self.data, self.eval_data)):
+            self.rewards.check_columns(data[0].columns)
 
         lm = load_causal_lm(policy) if isinstance(policy, str) else policy
         self._check_model(lm)
@@ -149,10 +150,12 @@ class Trainer:
             while self.step < self.config.total_steps and not self.should_stop:
                 metrics = self.train_step()
                 done = self.step + 1
-                if self.eval_data is not None and self._due(done, self.config.eval_every):
-                    metrics |= self.evaluate()
-                self._log_step(metrics)
-                self.step, self._between_steps = done, True
+                try:
+                    if self.eval_data is not None and self._due(done, self.config.eval_every):
+                        metrics |= self.evaluate()
+                finally:  # a failing evaluation does not lose the step
+                    self._log_step(metrics)
+                    self.step, self._between_steps = done, True
                 self._notify("on_step_end", done - 1, metrics)
                 if self._due(done, self.config.checkpoint_every):
                     self.save_checkpoint()
@@ -268,7 +271,8 @@ class Trainer:
         check_precision(lm)
         check_cache(lm)
         end_tokens(lm, self.tokenizer.eos_token_id)
-        longest = self.data.longest + self.config.generation.max_new_tokens
+        longest = max(data.longest for data in (self.data, self.eval_data) if data is not None)
+        longest += self.config.generation.max_new_tokens
         limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise InputError(
@@ -363,7 +367,8 @@ class Trainer:
         rows = range(min(self.config.log_completions, len(rollout.completions)))
         texts = self.tokenizer.batch_decode([rollout.completions[row].ids for row in rows])
         return [
-            {"prompt": rollout.prompts[row].prompt, "completion": texts[row], "score": rollout.rewards.scores[row]}
+            {name: values[row] for name, values in rollout.rewards.extra.items()}
+            | {"prompt": rollout.prompts[row].prompt, "completion": texts[row], "score": rollout.rewards.scores[row]}
             for row in rows
         ]
 
@@ -420,9 +425,10 @@ class Trainer:
         self._say(
             f"check: sampling and training log-probs differ by at most {gap:.2g} (ratio within {gap:.2g} of 1); {kl}"
         )
-        if gap > MAX_SAMPLER_GAP:
+        limit = MAX_SAMPLER_GAP[self.config.precision]
+        if gap > limit:
             raise TrainingError(
-                f"Sampling and training log-probs of the same token differ by {gap:.3g} nats (limit {MAX_SAMPLER_GAP}): "
+                f"Sampling and training log-probs of the same token differ by {gap:.3g} nats (limit {limit}): "
                 f"the forward of {type(self.policy.lm).__name__} with a cache and without are not the same policy. "
                 "Nothing was trained. Use another attention implementation or precision, or report the model."
             )

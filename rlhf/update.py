@@ -30,7 +30,7 @@ class UpdateConfig:
     minibatch_size: int = 64
     """Rows (completions; transitions on control tasks) per optimizer step."""
     microbatch_tokens: int = 16_384
-    """Tokens one process holds in memory at once, padding included: changes memory and speed, never results."""
+    """About how many tokens one process holds in memory at once: changes memory and speed, results only by rounding."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this global norm."""
     target_kl: float | None = None
@@ -58,7 +58,7 @@ def update(
     """Train `policy` on the global `batch` (equal on all processes); the step's mean metrics, global.
 
     policy: module called as policy(inputs, actions, with_values=, with_entropy=) -> PolicyOutputs.
-    Raises TrainingError, before the weights are touched, if a gradient is not finite.
+    Raises TrainingError if a gradient is not finite; it is not applied.
     """
     sums = MetricSums()
     optimizer_steps = 0

@@ -69,7 +69,7 @@ def test_a_function_gets_the_keywords_users_know():
     assert (seen["prompts"], seen["completions"], seen["answer"]) == (PROMPTS, COMPLETIONS, [1, 2, 3, 4])
     assert seen["trainer_state"] == "state"
     assert result.scores == [1, 2, 3, 4] and result.extra == {"length": [1, 3, 5, 1]}
-    assert result.metrics["longest"] == 6 and result.totals["longest"] == (12, 2)
+    assert result.metrics["custom/longest"] == 6 and result.totals["custom/longest"] == (12, 2)
 
 
 def by_length(completions, bonus=0.0):

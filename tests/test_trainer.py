@@ -760,3 +760,24 @@ def test_bfloat16_computes_over_weights_and_moments_in_float32(tmp_path):
     for line in read_metrics(tmp_path):
         assert line["sampler_gap"] < 0.1 and abs(line["reward_kl"]) < 5
     assert "bfloat16" in done.stdout and abs(read_metrics(tmp_path)[0]["reward_kl"]) < 1e-6
+
+
+def test_a_tracker_gets_settings_and_metrics(tmp_path):
+    pytest.importorskip("tensorboard")
+    tiny.trainer(tmp_path / "run", total_steps=1, tracker="tensorboard").train()
+    assert list((tmp_path / "run" / "tracker").rglob("events.out.tfevents.*"))
+
+
+def test_an_error_in_the_evaluation_loses_no_step(tmp_path):
+    def fails_on_held_out(completions, trainer_state, prompts, **_):
+        if "hhh" in prompts:
+            raise RuntimeError("no answer for this one")
+        return [float(len(text)) for text in completions]
+
+    trainer = tiny.trainer(
+        tmp_path, rewards=fails_on_held_out, dataset=[{"prompt": "ab"}], eval_dataset=[{"prompt": "hhh"}]
+    )
+    with pytest.raises(InputError, match="fails_on_held_out"):
+        trainer.train()
+    assert len(read_metrics(tmp_path)) == 3
+    assert (tmp_path / "checkpoints" / "step-000003").is_dir()

@@ -50,7 +50,7 @@ def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, num_completion
     """The coefficient for the next step: kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_completions / horizon).
 
     `kl` and `target` are nats per completion (the sum over its tokens, averaged over completions).
-    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2 and released code.
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2 and released code. More completions than the horizon count as it.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * num_completions / horizon)
+    return kl_coef * (1.0 + error * min(1.0, num_completions / horizon))  # never below 0.8 of it, let alone negative
