@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 
 help:
 	@echo "make ppo        fine-tune a small language model with PPO against a learnt reward model (offline, minutes)"
-	@echo "make cartpole   the same PPO balances CartPole (half a minute)"
+	@echo "make cartpole   the same PPO balances CartPole (a minute or two)"
 	@echo "make test       the tests        make test-slow   the long ones       make lint    ruff and mypy"
 	@echo "make bench      the figures of the README"
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import embedded
 import numpy as np
@@ -147,6 +149,23 @@ def test_it_learns_praise_from_blame_and_stock_transformers_gives_the_same_score
         assert stock(**inputs).logits[0].item() == pytest.approx(
             score_alone(model.eval(), pairs()[0]["chosen_ids"]), abs=1e-4
         )
+    assert score_elsewhere(folder, pairs()[0]["chosen_ids"]) == pytest.approx(
+        score_alone(model, pairs()[0]["chosen_ids"]), abs=1e-6
+    )
+
+
+def score_elsewhere(folder, ids):
+    """The score that a process gives which never imports this toolkit."""
+    code = (
+        "import sys, json, torch; from transformers import AutoModelForSequenceClassification as A;"
+        "m = A.from_pretrained(sys.argv[1]).eval(); ids = torch.tensor([json.loads(sys.argv[2])]);"
+        "print(m(input_ids=ids).logits.item()); assert 'rlhf' not in sys.modules"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folder), json.dumps(ids)], cwd=folder, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout)
 
 
 def test_the_backbone_comes_from_the_language_model_and_only_the_head_is_new(tmp_path):
