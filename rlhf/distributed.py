@@ -57,6 +57,10 @@ class Distributed:
             return policy, optimizer
         return self.accelerator.prepare(policy, optimizer)
 
+    def unwrap(self, policy: Module) -> Module:
+        """The module itself, from what `prepare` returned."""
+        return policy if self._plain else self.accelerator.unwrap_model(policy)
+
     def autocast(self) -> Any:
         return nullcontext() if self._plain else self.accelerator.autocast()
 

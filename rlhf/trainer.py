@@ -194,6 +194,7 @@ class Trainer:
             self.distributed,
             seed=config.seed,
             step=self.step,
+            state=state,
         )
         self.state, self.samples = state, self._sample_rows(rollout)
         return metrics | {"learning_rate": rate, "prompts_seen": (self.step + 1) * config.prompts_per_step}

@@ -53,6 +53,8 @@ class Trajectories:
     episode_ends: Tensor
     """bool: terminated or truncated; what follows in the row is another episode (or nothing)."""
     ref_logprobs: Tensor | None = None
+    old_distribution: Tensor | None = None
+    """(rows, time, parameters) of the action distribution that old_logprobs belong to; control tasks alone."""
     row_tokens: Tensor
     """(rows,) int64: how many tokens (observations) the row occupies in the policy's forward; decides the microbatches."""
     row_index: Tensor
@@ -90,6 +92,7 @@ class TrainingBatch:
     returns: Tensor | None = None
     old_values: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    old_distribution: Tensor | None = None
     row_tokens: Tensor
     row_index: Tensor
     weightings: dict[str, Weighting]
@@ -141,7 +144,10 @@ class TrainingBatch:
         )
 
 
-_TIMED = ("actions", "mask", "old_logprobs", "sampling_logprobs", "advantages", "returns", "old_values", "ref_logprobs")
+_TIMED = (
+    *("actions", "mask", "old_logprobs", "sampling_logprobs", "advantages", "returns", "old_values", "ref_logprobs"),
+    "old_distribution",
+)
 _ROWS = (*_TIMED, "inputs", "row_tokens", "row_index", "weightings")
 
 
@@ -162,3 +168,7 @@ class PolicyOutputs:
     logprobs: Tensor
     values: Tensor | None = None
     entropy: Tensor | None = None
+    distribution: Tensor | None = None
+    """(rows, time, parameters) of the action distribution; control tasks alone."""
+    kl: Tensor | None = None
+    """KL(old || policy), exact, where the policy was given the old distribution."""

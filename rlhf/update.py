@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from rlhf.algorithms import Algorithm
-from rlhf.core.masking import whiten
+from rlhf.algorithms import Algorithm, State
+from rlhf.core.kl import kl_estimate
+from rlhf.core.masking import masked_sum, whiten
 from rlhf.core.random import MINIBATCH, permutation
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError, TrainingError
@@ -54,44 +55,55 @@ def update(
     *,
     seed: int,
     step: int,
+    state: State | None = None,
 ) -> dict[str, float]:
     """Train `policy` on the global `batch` (equal on all processes); the step's mean metrics, global.
 
-    policy: module called as policy(inputs, actions, with_values=, with_entropy=) -> PolicyOutputs.
+    policy: module called as policy(inputs, actions, with_values=, with_entropy=) -> PolicyOutputs, with
+    old_distribution= too if the algorithm needs "distribution". state: what the algorithm adapts, changed in place.
     Raises TrainingError if a gradient is not finite; it is not applied.
     """
+    state = {} if state is None else state
+    metrics = dict(batch.metrics) | algorithm.full_batch_step(distributed.unwrap(policy), batch, distributed)
     sums = MetricSums()
     optimizer_steps = 0
-    for epoch, minibatch in _minibatches(batch, algorithm.whiten_minibatch, config, seed, step):
-        optimizer.zero_grad(set_to_none=True)
-        kl = _accumulate_gradients(policy, algorithm, minibatch, config.microbatch_tokens, distributed, sums)
-        if config.target_kl is not None and distributed.all_sum(kl) > 1.5 * config.target_kl:
-            break
-        norm = distributed.clip_gradients(policy, config.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise TrainingError(
-                f"The gradient of step {step}, epoch {epoch}, optimizer step {optimizer_steps} is not finite; it was "
-                "not applied. Lower learning_rate, or look for a reward or model output of extreme size."
-            )
-        optimizer.step()
-        optimizer_steps += 1
-        sums.add({"grad_norm": (norm, norm.new_ones(()))})
+    for epoch, minibatches in enumerate(_epochs(batch, algorithm.whiten_minibatch, config, seed, step)):
+        for minibatch in minibatches:
+            optimizer.zero_grad(set_to_none=True)
+            kl = _accumulate_gradients(policy, algorithm, minibatch, config.microbatch_tokens, distributed, sums)
+            if config.target_kl is not None and distributed.all_sum(kl) > 1.5 * config.target_kl:
+                break
+            norm = distributed.clip_gradients(policy, config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise TrainingError(
+                    f"The gradient of step {step}, epoch {epoch}, optimizer step {optimizer_steps} is not finite; it was "
+                    "not applied. Lower learning_rate, or look for a reward or model output of extreme size."
+                )
+            optimizer.step()
+            optimizer_steps += 1
+            sums.add({"grad_norm": (norm, norm.new_ones(()))})
+        else:  # the epoch was not cut short by target_kl
+            if algorithm.measures_kl == "epoch":
+                metrics |= _adapt(policy, algorithm, batch, config, distributed, state)
+            continue
+        break
     optimizer.zero_grad(set_to_none=True)
-    return {**batch.metrics, **sums.reduce(distributed.all_sum), "optimizer_steps": float(optimizer_steps)}
+    if algorithm.measures_kl == "update":
+        metrics |= _adapt(policy, algorithm, batch, config, distributed, state)
+    return {**metrics, **sums.reduce(distributed.all_sum), "optimizer_steps": float(optimizer_steps)}
 
 
-def _minibatches(
+def _epochs(
     batch: TrainingBatch, whiten_advantages: bool, config: UpdateConfig, seed: int, step: int
-) -> Iterator[tuple[int, TrainingBatch]]:
-    """(epoch, minibatch) of every optimizer step, in an order that (seed, step, epoch) decides."""
+) -> Iterator[Iterator[TrainingBatch]]:
+    """The minibatches of each epoch, in an order that (seed, step, epoch) decides."""
     if config.minibatch_size >= batch.rows:  # each is the whole batch: made once, its order does not matter
         whole = _minibatch(batch, whiten_advantages)
-        yield from ((epoch, whole) for epoch in range(config.num_epochs))
+        yield from (iter([whole]) for _ in range(config.num_epochs))
         return
     orders = permutation(batch.rows, seed, MINIBATCH, step, torch.arange(config.num_epochs)).to(batch.actions.device)
-    for epoch, order in enumerate(orders):
-        for rows in order.split(config.minibatch_size):
-            yield epoch, _minibatch(batch.select(rows), whiten_advantages)
+    for order in orders:
+        yield (_minibatch(batch.select(rows), whiten_advantages) for rows in order.split(config.minibatch_size))
 
 
 def _minibatch(minibatch: TrainingBatch, whiten_advantages: bool) -> TrainingBatch:
@@ -117,17 +129,40 @@ def _accumulate_gradients(
     microbatches = split_minibatch(minibatch, microbatch_tokens, distributed.rank, distributed.world_size)
     for number, microbatch in enumerate(microbatches):
         with distributed.accumulate(policy, last=number == len(microbatches) - 1):
-            outputs: PolicyOutputs = policy(
-                microbatch.inputs,
-                microbatch.actions,
-                with_values="values" in algorithm.needs,
-                with_entropy="entropy" in algorithm.needs,
-            )
-            loss, metrics = algorithm.loss(outputs, microbatch)
+            loss, metrics = algorithm.loss(forward(policy, algorithm, microbatch), microbatch)
             distributed.backward(loss)
         sums.add(metrics)
         kl = kl + metrics["policy_kl"][0] / minibatch.mask.sum()
     return kl
+
+
+def forward(policy: Module, algorithm: Algorithm, batch: TrainingBatch) -> PolicyOutputs:
+    """The policy's outputs on a microbatch, as far as the algorithm needs them."""
+    needs = algorithm.needs
+    old = {"old_distribution": batch.old_distribution} if batch.old_distribution is not None else {}
+    return policy(batch.inputs, batch.actions, with_values="values" in needs, with_entropy="entropy" in needs, **old)
+
+
+@torch.no_grad()
+def _adapt(
+    policy: Module,
+    algorithm: Algorithm,
+    batch: TrainingBatch,
+    config: UpdateConfig,
+    distributed: Distributed,
+    state: State,
+) -> dict[str, float]:
+    """Measure KL(old || policy) over the whole batch and let the algorithm adapt to it."""
+    total = batch.old_logprobs.new_zeros(())
+    for microbatch in split_minibatch(batch, config.microbatch_tokens, distributed.rank, distributed.world_size):
+        outputs, mask = forward(policy, algorithm, microbatch), microbatch.weightings["policy"].weight != 0
+        kl = outputs.kl
+        if kl is None:  # tokens: no exact one, but k3 of samples of the old policy
+            kl = kl_estimate(microbatch.old_logprobs, outputs.logprobs, "k3")
+        total = total + masked_sum(kl, mask)
+    measured = (distributed.all_sum(total) / batch.mask.sum()).item()
+    batch.coefficients.update(algorithm.adapt(state, measured))
+    return {"measured_kl": measured}
 
 
 def split_minibatch(

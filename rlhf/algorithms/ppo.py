@@ -5,11 +5,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from rlhf.algorithms import State
+from rlhf.algorithms import Group, State
 from rlhf.core.advantages import gae
-from rlhf.core.kl import adaptive_kl_coef, kl_estimate
-from rlhf.core.losses import clipped_elements, clipped_surrogate, clipped_value_loss, log_ratio, unclipped_surrogate
+from rlhf.core.kl import adaptive_kl_coef, adaptive_penalty_coef, kl_estimate
+from rlhf.core.losses import (
+    clipped_elements,
+    clipped_surrogate,
+    clipped_value_loss,
+    log_ratio,
+    score_surrogate,
+    unclipped_surrogate,
+)
 from rlhf.core.masking import AllSum, masked_mean, weighted_sum, whiten
 from rlhf.errors import InputError
 from rlhf.types import Metrics, PolicyOutputs, TrainingBatch, Trajectories, token_mean
@@ -19,8 +27,9 @@ from rlhf.types import Metrics, PolicyOutputs, TrainingBatch, Trajectories, toke
 class PPOConfig:
     """PPO's settings; the defaults are those of language models (Huang et al. 2024, arXiv 2403.17031)."""
 
-    surrogate: Literal["clipped", "unclipped"] = "clipped"
-    """The policy objective; "unclipped" is there to be compared with."""
+    surrogate: Literal["clipped", "unclipped", "score"] = "clipped"
+    """The policy objective: min(r A, clip(r) A), r A (for a penalty, or to see what the clip protects from), or log pi A
+    (REINFORCE and A2C; one epoch)."""
     clip_range: float = 0.2
     """The ratio pi / pi_old gains nothing beyond 1 +- this (eq. 7)."""
     clip_range_high: float | None = None
@@ -29,6 +38,14 @@ class PPOConfig:
     """Bounds the loss of a negative advantage by this many times its size (usual: 3); off if null."""
     anneal_clip: bool = False
     """Let the clip range fall linearly to 0 over the run."""
+    penalty_coef: float = 0.0
+    """PPO-Penalty: weight of KL(old || policy) in the loss, per nat; usually with surrogate "unclipped" (eq. 8)."""
+    penalty_target: float | None = None
+    """Double or halve penalty_coef when the measured KL leaves [target / 1.5, 1.5 target], in nats; fixed if null."""
+    penalty_adapts: Literal["rollout", "epoch"] = "rollout"
+    """When it is measured and adapted: after the last epoch of a rollout (section 4 of the paper), or after each."""
+    baseline: Literal["value", "none"] = "value"
+    """What returns are compared with: a learnt value function, or nothing (REINFORCE; needs whole episodes)."""
     value_clip_range: float | None = 0.2
     """Largest change of a value per step, in units of the reward; no limit if null. Where returns are skewed, a small one
     makes the values settle beside their mean."""
@@ -50,16 +67,25 @@ class PPOConfig:
     """Whiten advantages over the whole step, over each minibatch, or not at all."""
 
     def __post_init__(self) -> None:
-        for name in ("clip_range", "clip_range_high", "value_clip_range", "kl_target", "kl_horizon"):
+        for name in ("clip_range", "clip_range_high", "value_clip_range", "kl_target", "kl_horizon", "penalty_target"):
             _require(name, getattr(self, name), lambda value: value is None or value > 0, "above 0")
         for name in ("gamma", "gae_lambda"):
             _require(name, getattr(self, name), lambda value: 0 <= value <= 1, "between 0 and 1")
-        for name in ("value_coef", "entropy_coef", "kl_coef"):
+        for name in ("value_coef", "entropy_coef", "kl_coef", "penalty_coef"):
             _require(name, getattr(self, name), lambda value: 0 <= value < float("inf"), "0 or more")
         _require("dual_clip", self.dual_clip, lambda value: value is None or value > 1, "above 1, or null for none")
         if self.kl_target is not None and self.kl_coef == 0:
             raise InputError(
                 "kl_target adapts kl_coef, which can never leave 0: set kl_coef above 0, or kl_target to null."
+            )
+        if self.penalty_target is not None and self.penalty_coef == 0:
+            raise InputError(
+                "penalty_target adapts penalty_coef, which can never leave 0: set penalty_coef above 0 (usual: 1), or "
+                "penalty_target to null."
+            )
+        if self.baseline == "none" and self.gae_lambda != 1:
+            raise InputError(
+                f"gae_lambda = {self.gae_lambda} mixes in values, and baseline 'none' has none: set gae_lambda to 1."
             )
 
 
@@ -75,12 +101,30 @@ class PPO:
 
     def __init__(self, config: PPOConfig | None = None) -> None:
         self.config = config = config or PPOConfig()
-        needs = {"values": True, "reference": config.kl_coef > 0, "entropy": config.entropy_coef > 0}
+        needs = {
+            "values": config.baseline == "value",
+            "reference": config.kl_coef > 0,
+            "entropy": config.entropy_coef > 0,
+            "distribution": config.penalty_coef > 0,
+        }
         self.needs = frozenset(name for name, needed in needs.items() if needed)
         self.whiten_minibatch = config.normalize_advantages == "minibatch"
+        self.measures_kl: Literal["never", "update", "epoch"] = "never"
+        if config.penalty_coef > 0:  # also with a fixed coefficient, to be seen in the metrics
+            self.measures_kl = "epoch" if config.penalty_target and config.penalty_adapts == "epoch" else "update"
 
     def initial_state(self) -> State:
-        return {"kl_coef": self.config.kl_coef}
+        return {"kl_coef": self.config.kl_coef, "penalty_coef": self.config.penalty_coef}
+
+    def full_batch_step(self, policy: Module, batch: TrainingBatch, group: Group) -> dict[str, float]:
+        return {}
+
+    def adapt(self, state: State, kl: float) -> dict[str, float]:
+        """PPO-Penalty's coefficient for what follows."""
+        if self.config.penalty_target is None:
+            return {}
+        state["penalty_coef"] = adaptive_penalty_coef(state["penalty_coef"], kl, target=self.config.penalty_target)
+        return {"penalty_coef": state["penalty_coef"]}
 
     def prepare(self, trajectories: Trajectories, progress: float, state: State, all_sum: AllSum) -> TrainingBatch:
         """Rewards with the KL penalty -> advantages and returns. Adapts state["kl_coef"] for the next step."""
@@ -102,7 +146,10 @@ class PPO:
             gamma=config.gamma,
             gae_lambda=config.gae_lambda,
         )
-        metrics["explained_variance"] = _explained_variance(trajectories.values, returns, mask, all_sum)
+        if "values" in self.needs:
+            metrics["explained_variance"] = _explained_variance(trajectories.values, returns, mask, all_sum)
+        if config.penalty_coef > 0:
+            metrics["penalty_coef"] = state["penalty_coef"]
         if config.normalize_advantages == "batch":
             advantages = whiten(advantages, mask, all_sum=all_sum)
         weighting = token_mean(mask, advantages.dtype)
@@ -118,10 +165,15 @@ class PPO:
             returns=returns,
             old_values=trajectories.values,
             ref_logprobs=trajectories.ref_logprobs,
+            old_distribution=trajectories.old_distribution if "distribution" in self.needs else None,
             row_tokens=trajectories.row_tokens,
             row_index=trajectories.row_index,
             weightings={"policy": weighting, "value": weighting, "entropy": weighting},
-            coefficients={"clip_low": config.clip_range * shrink, "clip_high": high * shrink},
+            coefficients={
+                "clip_low": config.clip_range * shrink,
+                "clip_high": high * shrink,
+                "penalty_coef": state.get("penalty_coef", 0.0),
+            },
             metrics=metrics,
         )
 
@@ -129,26 +181,42 @@ class PPO:
         """One microbatch's share of the loss (eq. 9), over the minibatch's global denominators."""
         config, mask = self.config, batch.mask
         bounds = {"clip_low": batch.coefficients["clip_low"], "clip_high": batch.coefficients["clip_high"]}
-        if config.surrogate == "clipped":
-            policy_loss = clipped_surrogate(
-                outputs.logprobs, batch.old_logprobs, batch.advantages, mask, **bounds, dual_clip=config.dual_clip
-            )
-        else:
-            policy_loss = unclipped_surrogate(outputs.logprobs, batch.old_logprobs, batch.advantages, mask)
-        assert outputs.values is not None and batch.old_values is not None and batch.returns is not None
-        value_loss = clipped_value_loss(
-            outputs.values, batch.old_values, batch.returns, mask, value_clip_range=config.value_clip_range
-        )
-        terms = {"policy": policy_loss, "value": value_loss}
+        terms = {"policy": self._policy_loss(outputs, batch, bounds)}
         coefficients = {"policy": 1.0, "value": config.value_coef, "entropy": -config.entropy_coef}
+        if config.baseline == "value":
+            assert outputs.values is not None and batch.old_values is not None and batch.returns is not None
+            terms["value"] = clipped_value_loss(
+                outputs.values, batch.old_values, batch.returns, mask, value_clip_range=config.value_clip_range
+            )
+        if config.penalty_coef > 0:
+            terms["penalty"] = self._penalty(outputs, batch)
+            coefficients["penalty"] = batch.coefficients["penalty_coef"]
         if outputs.entropy is not None:
             terms["entropy"] = outputs.entropy
-        parts = {
-            name: weighted_sum(term, batch.weightings[name].weight, batch.denominators[name])
-            for name, term in terms.items()
-        }
+        parts = {}
+        for name, term in terms.items():
+            like = "policy" if name == "penalty" else name
+            parts[name] = weighted_sum(term, batch.weightings[like].weight, batch.denominators[like])
         total = torch.stack([coefficients[name] * part for name, part in parts.items()]).sum()
         return total, self._metrics(outputs, batch, parts, bounds)
+
+    def _policy_loss(self, outputs: PolicyOutputs, batch: TrainingBatch, bounds: dict[str, float]) -> Tensor:
+        config, mask = self.config, batch.mask
+        if config.surrogate == "score":
+            return score_surrogate(outputs.logprobs, batch.advantages, mask)
+        old = batch.old_logprobs
+        if config.surrogate == "unclipped":
+            return unclipped_surrogate(outputs.logprobs, old, batch.advantages, mask)
+        return clipped_surrogate(
+            outputs.logprobs, old, batch.advantages, mask, **bounds, dual_clip=config.dual_clip
+        )
+
+    def _penalty(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Tensor:
+        """KL(old || policy) per element: exact where the policy can tell, else k3, whose gradient is unbiased here."""
+        if outputs.kl is not None:
+            return outputs.kl
+        lr = log_ratio(outputs.logprobs, batch.old_logprobs, batch.mask)
+        return kl_estimate(-lr, torch.zeros_like(lr), "k3")
 
     @torch.no_grad()
     def _metrics(
@@ -169,6 +237,8 @@ class PPO:
         sums = torch.where(mask, stacked, 0.0).sum((1, 2)).unbind()  # one reduction for all of them
         metrics = {name: (total, count) for name, total in zip(elements, sums, strict=True)}
         for name, part in parts.items():
+            if name == "penalty":
+                continue  # it is beta times a KL that is logged already
             share = batch.weightings[name].count.sum() / batch.denominators[name]
             metrics["entropy" if name == "entropy" else f"{name}_loss"] = (part, share)
         return metrics

@@ -54,3 +54,13 @@ def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, num_completion
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * min(1.0, num_completions / horizon))  # never below 0.8 of it, let alone negative
+
+
+def adaptive_penalty_coef(penalty_coef: float, kl: float, *, target: float, floor: float = 1e-4) -> float:
+    """PPO-Penalty's coefficient after a measured KL(old || policy): halved below target / 1.5, doubled above 1.5 target.
+
+    Schulman et al. 2017, section 4 (arXiv 1707.06347). `floor` keeps it where doubling can bring it back.
+    """
+    if kl < target / 1.5:
+        return max(penalty_coef / 2, floor)
+    return penalty_coef * 2 if kl > 1.5 * target else penalty_coef

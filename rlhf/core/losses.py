@@ -43,6 +43,11 @@ def unclipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
     return -log_ratio(logprobs, old_logprobs, mask).exp() * advantages
 
 
+def score_surrogate(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """-log pi A, whose gradient is the policy gradient (Williams 1992, REINFORCE; A2C): no ratio to the old policy."""
+    return -torch.where(mask, logprobs, 0.0) * advantages
+
+
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_range: float | None
 ) -> Tensor:
