@@ -14,7 +14,7 @@ help:
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gym,plots,tracking,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gym,box2d,mujoco,atari,envpool,video,peers,plots,tracking,dev]'
 	@touch $@
 
 ppo: $(READY)

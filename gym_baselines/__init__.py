@@ -1,8 +1,8 @@
 """gym_baselines: the algorithms of `rlhf` on Gymnasium environments, where they are validated in seconds.
 
-from gym_baselines import evaluate, preset, train
-agent = train(preset("CartPole-v1", seed=0))
-print(evaluate(agent.policy, "CartPole-v1"))
+from gym_baselines import PPO, evaluate
+agent = PPO("CartPole-v1", seed=0).learn(100_000)
+mean, std = evaluate(agent, episodes=100)
 """
 
 try:
@@ -11,9 +11,35 @@ except ImportError as error:
     raise ImportError("gym_baselines needs gymnasium: pip install 'rlhf-toolkit[gym]'") from error
 
 from gym_baselines.agent import Agent
+from gym_baselines.api import A2C, PPO, TRPO, PPOPenalty, Reinforce
+from gym_baselines.callbacks import Evaluate, SaveEvery, StopAfter, StopAtReturn
 from gym_baselines.collect import Collector
-from gym_baselines.config import PRESETS, TrainConfig, preset
+from gym_baselines.config import TrainConfig
+from gym_baselines.environments import EnvironmentConfig
 from gym_baselines.evaluate import Evaluation, evaluate
+from gym_baselines.networks import ActorCritic, NetworkConfig
+from gym_baselines.presets import PRESETS, preset
 from gym_baselines.train import train
 
-__all__ = ["PRESETS", "Agent", "Collector", "Evaluation", "TrainConfig", "evaluate", "preset", "train"]
+__all__ = [
+    "A2C",
+    "PPO",
+    "PRESETS",
+    "TRPO",
+    "ActorCritic",
+    "Agent",
+    "Collector",
+    "EnvironmentConfig",
+    "Evaluate",
+    "Evaluation",
+    "NetworkConfig",
+    "PPOPenalty",
+    "Reinforce",
+    "SaveEvery",
+    "StopAfter",
+    "StopAtReturn",
+    "TrainConfig",
+    "evaluate",
+    "preset",
+    "train",
+]

@@ -1,96 +1,222 @@
 """A trained policy that can be asked for actions, saved and loaded: safetensors for the weights, JSON for the rest."""
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Discrete
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
-from gym_baselines.networks import CategoricalPolicy
+from gym_baselines.environments import EnvironmentConfig
+from gym_baselines.networks import ActorCritic, Features, NetworkConfig
+from gym_baselines.spaces import space_from_json, space_to_json
 from rlhf.core.random import EVALUATION, uniform
 from rlhf.errors import InputError
 
 AGENT_FILE, WEIGHTS_FILE = "agent.json", "policy.safetensors"
-_FORMAT = "gym_baselines agent 1"
+_FORMAT = "gym_baselines agent 2"
+_NOT_OF_THE_AGENT = ("output_dir", "overwrite", "resume", "progress_bar", "tensorboard")
 
 
 @dataclass
 class Agent:
     """A policy and what is needed to rebuild and use it."""
 
-    policy: CategoricalPolicy
+    policy: ActorCritic
     env: str
-    observation_shape: tuple[int, ...]
-    num_actions: int
-    first_action: int
-    hidden_sizes: tuple[int, ...]
-    settings: dict[str, Any]
-    """The TrainConfig it was trained with, for the record."""
+    """Gymnasium id of the environment, or just a name if `make_env` makes it."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The TrainConfig it was trained with; `environment_config` reads how its environments are made."""
     environment_steps: int = 0
+    recent_returns: list[float] = field(default_factory=list)
+    """Of the last training episodes."""
+    make_env: Callable[[], gym.Env] | None = None
+    """The user's function that makes one environment; not saved."""
+    _calls: int = field(default=0, repr=False, compare=False)
 
     @torch.inference_mode()
     def predict(
-        self, observation: np.ndarray, *, deterministic: bool = True, seed: int = 0, step: int = 0
-    ) -> np.ndarray:
-        """Actions for one observation or a batch of them: the most likely, or drawn (by seed, step and place)."""
-        observation = np.asarray(observation)
-        single = observation.shape == self.observation_shape
-        if observation.shape[int(not single) :] != self.observation_shape:
-            raise InputError(
-                f"observation has shape {observation.shape}, but the agent takes {self.observation_shape}."
-            )
-        device = next(self.policy.parameters()).device
-        rows = torch.as_tensor(observation[None] if single else observation).to(device, self.policy.dtype)
+        self,
+        observation: Any,
+        *,
+        deterministic: bool = True,
+        action_mask: Any = None,
+        seed: int = 0,
+        step: int | None = None,
+    ) -> Any:
+        """The environment's action for one observation, or those for a batch of them, (rows, *shape).
+
+        deterministic: the most likely action. Otherwise it is drawn: a function of (seed, step, row). If step is None,
+        every call draws anew. action_mask: of the choices, true for each that is allowed, (choices,) or (rows, choices).
+        """
+        rows, single = self._rows(observation)
+        mask = None if action_mask is None else self._mask(action_mask, len(rows), single)
+        device = self.policy.device
         if deterministic:
-            chosen = self.policy.greedy(rows)
+            chosen = self.policy.greedy(rows.to(device), mask)
         else:
-            draws = uniform(seed, EVALUATION, step, torch.arange(len(rows), device=device))
-            chosen, _ = self.policy.sample(rows, draws)
-        actions = chosen.cpu().numpy() + self.first_action
+            if step is None:
+                step, self._calls = self._calls, self._calls + 1
+            draws = uniform(
+                seed, EVALUATION, step, torch.arange(len(rows))[:, None], torch.arange(self.policy.num_draws)
+            )
+            chosen, _ = self.policy.sample(rows.to(device), draws.to(device), mask)
+        actions = self.policy.env_actions(chosen)
         return actions[0] if single else actions
+
+    def environment_config(self) -> EnvironmentConfig:
+        """How the environments of its training were made."""
+        return EnvironmentConfig(**self.settings.get("environment", {}))
 
     def save(self, directory: str | Path) -> None:
         """Write agent.json and policy.safetensors; each file is whole or absent."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous().cpu() for name, tensor in self.policy.state_dict().items()}
-        save_file(weights, directory / f"{WEIGHTS_FILE}.partial")
-        os.replace(directory / f"{WEIGHTS_FILE}.partial", directory / WEIGHTS_FILE)
-        facts = {name: value for name, value in vars(self).items() if name != "policy"}
-        facts |= {"format": _FORMAT, "dtype": str(self.policy.dtype).removeprefix("torch.")}
-        (directory / f"{AGENT_FILE}.partial").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-        os.replace(directory / f"{AGENT_FILE}.partial", directory / AGENT_FILE)
+        policy = self.policy
+        weights = save({name: tensor.contiguous().cpu() for name, tensor in policy.state_dict().items()})
+        facts = {
+            "format": _FORMAT,
+            "env": self.env,
+            "observation_space": space_to_json(policy.observation_space),
+            "action_space": space_to_json(policy.action_space),
+            "network": asdict(policy.config),
+            "has_own_features": policy.has_own_features,
+            "dtype": str(policy.dtype).removeprefix("torch."),
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            "settings": self.settings,
+            "environment_steps": self.environment_steps,
+            "recent_returns": self.recent_returns,
+        }
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _write(directory / WEIGHTS_FILE, weights)
+            _write(directory / AGENT_FILE, json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n")
+        except OSError as error:
+            raise InputError(f"The agent cannot be saved in {directory}: {error}. Name another folder.") from error
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Agent":
-        """Read what `save` wrote. InputError if it is missing, damaged or something else."""
+    def load(cls, directory: str | Path, *, features: Features | None = None) -> "Agent":
+        """Read what `save` wrote. InputError if it is missing, damaged or something else.
+
+        features: the function that makes the feature module, for an agent that was trained with one.
+        """
         directory = Path(directory)
-        remedy = f"{directory} does not hold an agent saved by gym_baselines"
+        problem = f"{directory} does not hold an agent saved by gym_baselines"
         try:
-            facts = json.loads((directory / AGENT_FILE).read_text())
-            if facts.pop("format") != _FORMAT:
-                raise ValueError("another format")
-            dtype = getattr(torch, facts.pop("dtype"))
-            shape, hidden = tuple(facts.pop("observation_shape")), tuple(facts.pop("hidden_sizes"))
-            policy = CategoricalPolicy(shape, facts["num_actions"], hidden_sizes=hidden).to(dtype)
-            policy.load_state_dict(load_file(directory / WEIGHTS_FILE))
-            return cls(policy=policy, observation_shape=shape, hidden_sizes=hidden, **facts)
+            facts = json.loads((directory / AGENT_FILE).read_bytes())
+            if not isinstance(facts, dict) or not str(facts.get("format")).startswith("gym_baselines agent"):
+                raise ValueError(f"{AGENT_FILE} is something else")
+            if facts["format"] != _FORMAT:
+                raise InputError(
+                    f"{directory} holds an agent of the format {facts['format']!r}; this version reads {_FORMAT!r}. Train "
+                    "it again, or use the version that wrote it."
+                )
+            _check_features(facts["has_own_features"], features, directory)
+            weights = (directory / WEIGHTS_FILE).read_bytes()
+            if hashlib.sha256(weights).hexdigest() != facts["weights_sha256"]:
+                raise ValueError(f"{WEIGHTS_FILE} is not what was written")
+            policy = ActorCritic(
+                space_from_json(facts["observation_space"]),
+                space_from_json(facts["action_space"]),
+                NetworkConfig(**_with_tuples(facts["network"])),
+                features=features,
+            )
+            policy.to(getattr(torch, facts["dtype"])).load_state_dict(load(weights))
+            agent = cls(
+                policy=policy,
+                env=facts["env"],
+                settings=facts["settings"],
+                environment_steps=facts["environment_steps"],
+                recent_returns=facts["recent_returns"],
+            )
+            agent.environment_config()
+            return agent
+        except InputError:
+            raise
         except OSError as error:
-            raise InputError(f"{remedy}: {error}. Give the output_dir of a finished training run.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{remedy}, or its files are damaged ({error}). Train it again.") from error
+            raise InputError(f"{problem}: {error}. Give the output_dir of a finished training run.") from error
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{problem}, or its files are damaged ({error}). Train it again.") from error
+
+    def _rows(self, observation: Any) -> tuple[torch.Tensor, bool]:
+        """(rows, *shape), and whether a single observation was given."""
+        space = self.policy.observation_space
+        observation = np.asarray(observation)
+        shape = space.shape or ()
+        single = observation.shape == shape
+        if not single and (observation.ndim == 0 or observation.shape[1:] != shape):
+            raise InputError(
+                f"observation has the shape {observation.shape}, but the agent takes {shape}, or (rows, *{shape})."
+            )
+        if not (np.issubdtype(observation.dtype, np.number) or observation.dtype == np.bool_):
+            raise InputError(f"observation has the type {observation.dtype}; numbers are needed.")
+        if isinstance(space, Discrete):
+            if not np.issubdtype(observation.dtype, np.integer) or not _all_within(observation, space):
+                raise InputError(f"observation {observation!r:.200} does not lie in the agent's {space}.")
+        elif isinstance(space, Box) and not np.isfinite(observation).all():
+            raise InputError(
+                f"observation holds a number that is not finite: {observation!r:.200}. Look for a division by zero or a "
+                "diverging simulation in the environment."
+            )
+        rows = torch.as_tensor(observation[None] if single else observation)
+        return rows if rows.dtype != torch.float64 else rows.to(self.policy.dtype), single
+
+    def _mask(self, action_mask: Any, num_rows: int, single: bool) -> torch.Tensor:
+        mask = np.asarray(action_mask)
+        mask = mask[None] if single else mask
+        wanted = (num_rows, self.policy.family.num_params)
+        if mask.shape != wanted:
+            raise InputError(
+                f"action_mask has the shape {mask.shape[single:]}, but {wanted[single:]} is needed: one entry for each "
+                "choice, those of several choices one after the other."
+            )
+        allowed = torch.as_tensor(mask.astype(bool))
+        if not allows_something(allowed, self.policy):
+            raise InputError("action_mask allows no choice at all for some action: at least one must be true.")
+        return allowed.to(self.policy.device)
+
+
+def allows_something(action_mask: torch.Tensor, policy: ActorCritic) -> bool:
+    """Whether every row of the mask, (rows, choices), leaves a choice for each part of the action."""
+    sizes = getattr(policy.family, "sizes", (action_mask.shape[-1],))
+    return all(bool(part.any(-1).all()) for part in action_mask.split(sizes, -1))
+
+
+def _all_within(observation: np.ndarray, space: Discrete) -> bool:
+    return bool(((observation >= space.start) & (observation < space.start + space.n)).all())
+
+
+def _check_features(needed: bool, features: Features | None, directory: Path) -> None:
+    if needed and features is None:
+        raise InputError(
+            f"The agent in {directory} was trained with a feature module of its own, which is not saved: pass the function "
+            "that makes it, load(directory, features=...)."
+        )
+    if features is not None and not needed:
+        raise InputError(f"The agent in {directory} was trained without a feature module: load it without features.")
+
+
+def _with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
 
 
 def describe(config: Any) -> dict[str, Any]:
     """A config as plain JSON values, without what only concerns where the run was written."""
     settings = asdict(config)
-    return {name: settings[name] for name in settings if name not in ("output_dir", "overwrite", "progress_bar")}
+    return {name: settings[name] for name in settings if name not in _NOT_OF_THE_AGENT}
 
 
 def check_output_dir(directory: str | Path, *, overwrite: bool, files: Sequence[str]) -> None:

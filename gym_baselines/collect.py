@@ -1,45 +1,53 @@
 """From a Gymnasium vector environment to `Trajectories`: rows are environments, time is their steps.
 
-The two autoreset modes differ in where the final observation of an episode appears:
+The three autoreset modes differ in where the final observation of an episode appears:
 
     NEXT_STEP   the ending step returns it; the step after ignores the action and returns the reset observation. That
                 *ghost* step is masked: it trains nothing and is not counted. Its value is V(final observation), so
                 next_values[t] = values[t + 1] holds in every step.
     SAME_STEP   the ending step returns the reset observation already, and the final one in infos["final_obs"], whose
                 value is then computed for next_values. There are no ghosts.
+    DISABLED    the ending step returns it, and the collector resets that environment itself; then as SAME_STEP.
 
-Actions depend on (seed, row, how many real steps the row has made), so both modes give the same transitions, and a
-run does not depend on which process holds which environment.
+Actions depend on (seed, row, how many real steps the row has made), so all modes give the same transitions, and a run does
+not depend on which process holds which environment.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
-from gym_baselines.environments import autoreset_mode, check_supported
+from gym_baselines.record import Record, Segment
+from gym_baselines.vector import action_masks, autoreset_mode, finished_games, reports_games
+from rlhf.core.masking import AllSum, local_sum
 from rlhf.core.random import ACTIONS, uniform
 from rlhf.errors import TrainingError
 from rlhf.types import Inputs, PolicyOutputs, Trajectories
 
 
 class ActingPolicy(Protocol):
-    """What the collector needs of a policy; `CategoricalPolicy` documents the shapes."""
+    """What the collector needs of a policy; `ActorCritic` documents the shapes."""
+
+    family: Any
 
     @property
     def dtype(self) -> torch.dtype: ...
     def __call__(self, inputs: Inputs, actions: Tensor, with_values: bool, with_entropy: bool) -> PolicyOutputs: ...
-    def sample(self, observations: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]: ...
+    def sample(self, observations: Tensor, draws: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
     def values(self, observations: Tensor) -> Tensor: ...
+    def env_actions(self, actions: Tensor) -> np.ndarray: ...
 
 
 class Rollout(NamedTuple):
     trajectories: Trajectories
     finished: Tensor
     """(rows, time, 2): undiscounted return and length of the episode that ended at this step, 0 where none did."""
+    num_steps: int
+    """Real steps that this process's environments made for it."""
 
 
 class Collector:
@@ -53,99 +61,176 @@ class Collector:
         seed: int,
         rows: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
+        whole_episodes: bool = False,
+        masks_actions: bool = False,
+        with_values: bool = True,
+        all_sum: AllSum = local_sum,
     ) -> None:
-        """rows: the global index of each environment, 0 .. n - 1 if None. Resets the environments."""
-        check_supported(envs.single_observation_space, envs.single_action_space, "the vector environment")
+        """rows: the global index of each environment, 0 .. n - 1 if None. Resets the environments.
+
+        whole_episodes: rollouts hold complete episodes alone; the steps of those still running are carried over.
+        masks_actions: infos["action_mask"] says which actions are allowed. with_values: the policy has values.
+        """
         self.envs, self.policy, self.seed, self.device = envs, policy, seed, torch.device(device)
-        self.ghosts_follow_ends = autoreset_mode(envs) == AutoresetMode.NEXT_STEP
+        self.mode = autoreset_mode(envs)
+        self.ghosts_follow_ends = self.mode == AutoresetMode.NEXT_STEP
+        self.reports_games = reports_games(envs)
+        self.whole_episodes, self.masks_actions, self.with_values = whole_episodes, masks_actions, with_values
+        self.all_sum = all_sum
         self.rows = torch.tensor(range(envs.num_envs) if rows is None else rows)
-        self.first_action = int(getattr(envs.single_action_space, "start", 0))
-        self.observation = np.array(envs.reset()[0])
-        self.is_ghost = np.zeros(envs.num_envs, dtype=bool)  # the coming step only resets
-        self.steps_done = torch.zeros(envs.num_envs, dtype=torch.int64)  # real steps of each row: keys its actions
-        self.returns = np.zeros(envs.num_envs)  # of the episodes now running
-        self.lengths = np.zeros(envs.num_envs, dtype=np.int64)
+        num = envs.num_envs
+        self.is_ghost = np.zeros(num, dtype=bool)  # the coming step only resets
+        self.steps_done = torch.zeros(num, dtype=torch.int64)  # real steps of each row: keys its actions
+        self.returns = np.zeros(num)  # of the episodes now running
+        self.lengths = np.zeros(num, dtype=np.int64)
+        self.carried: list[Segment] | None = None  # steps of unfinished episodes, if whole_episodes
+        observation, infos = envs.reset()
+        self.observation = np.array(observation)
+        self.action_mask = self.allowed(infos, np.zeros(num, dtype=bool), None)
 
     def collect(self, num_steps: int) -> Rollout:
-        """Play `num_steps` steps of every environment and score them with the policy's present weights."""
-        record = _Record(num_steps, self.envs)
-        draws = uniform(self.seed, ACTIONS, self.steps_done[:, None] + torch.arange(num_steps), self.rows[:, None])
-        made = np.zeros(self.envs.num_envs, dtype=np.int64)  # real steps of this rollout
-        each = np.arange(self.envs.num_envs)
-        draws_at = draws.numpy()
-        for t in range(num_steps):
-            observation = self._to_policy(self.observation)
-            with torch.inference_mode():
-                actions, logprobs = self.policy.sample(
-                    observation, torch.from_numpy(draws_at[each, made]).to(self.device)
-                )
-            record.observations[t], record.mask[t] = self.observation, ~self.is_ghost
-            record.actions[t], record.logprobs[t] = actions.cpu().numpy(), logprobs.cpu().numpy()
-            self.observation, rewards, terminated, truncated, infos = self.envs.step(
-                record.actions[t] + self.first_action
-            )
-            ends = terminated | truncated
-            record.rewards[t], record.terminated[t], record.ends[t] = rewards, terminated, ends
-            made += record.mask[t]
-            self._count_episodes(record, t)
-            if self.ghosts_follow_ends:
-                self.is_ghost = ends
-            elif ends.any():
-                record.final_observations += [(t, row, np.array(infos["final_obs"][row])) for row in ends.nonzero()[0]]
+        """Play `num_steps` steps of every environment and score them with the policy's present weights.
+
+        With whole_episodes, the rollout holds the episodes that ended in it, from their first step on; it is prolonged
+        by as many steps again while not one ended, on any process.
+        """
+        record = self._play(num_steps)
+        made = int(record.mask.sum())
+        if not self.whole_episodes:
+            return self._score(record, made)
+        while True:
+            record, self.carried = record.split_whole_episodes(self.carried)
+            if self.all_sum(torch.tensor(float(record.ends.any()))) > 0:
+                return self._score(record, made)
+            record = self._play(num_steps)
+            made += int(record.mask.sum())
+
+    def _play(self, num_steps: int) -> Record:
+        num = self.envs.num_envs
+        record = Record.empty(num_steps, self.envs, self.policy, with_masks=self.action_mask is not None)
+        draws_at = self._draws(num_steps)
+        made = np.zeros(num, dtype=np.int64)  # real steps of this rollout
+        each = np.arange(num)
+        with torch.inference_mode():
+            for t in range(num_steps):
+                record.observations[t], record.mask[t] = self.observation, ~self.is_ghost
+                masks = None
+                if record.action_masks is not None:
+                    record.action_masks[t] = self.action_mask
+                    masks = torch.from_numpy(record.action_masks[t]).to(self.device)
+                draws = torch.from_numpy(draws_at[each, made]).to(self.device)
+                actions, logprobs = self.policy.sample(self._to_policy(self.observation), draws, masks)
+                record.actions[t], record.logprobs[t] = actions.cpu().numpy(), logprobs.cpu().numpy()
+                self._step(record, t, self.policy.env_actions(actions))
+                made += record.mask[t]
         self.observation = np.array(self.observation)  # the environments may reuse their buffer
         self.steps_done += torch.from_numpy(made)
-        return self._score(record, num_steps)
+        self._check(record)
+        return record
 
-    def _count_episodes(self, record: "_Record", t: int) -> None:
-        """Returns and lengths by our own arithmetic: the wrappers' differ between modes and versions."""
+    def _draws(self, num_steps: int) -> np.ndarray:
+        """(rows, steps, num_draws) uniform numbers: of the real steps that each row may come to make."""
+        steps = self.steps_done[:, None, None] + torch.arange(num_steps)[:, None]
+        dimensions = torch.arange(self.policy.family.num_draws)
+        return uniform(self.seed, ACTIONS, steps, self.rows[:, None, None], dimensions).numpy()
+
+    def _step(self, record: Record, t: int, actions: np.ndarray) -> None:
+        """Step the environments and write down what they answer to the actions of time t."""
+        self.observation, rewards, terminated, truncated, infos = self.envs.step(actions)
+        ends = terminated | truncated
+        record.rewards[t], record.terminated[t], record.ends[t] = rewards, terminated, ends
         self.returns += record.rewards[t]  # 0 at a ghost
         self.lengths += record.mask[t]
-        ends = record.ends[t]
+        self.action_mask = self.allowed(infos, ends, None)
         if ends.any():
-            record.finished[t, ends, 0], record.finished[t, ends, 1] = self.returns[ends], self.lengths[ends]
-            self.returns[ends], self.lengths[ends] = 0.0, 0
+            self._finish(record, t, ends, infos)
+        if self.ghosts_follow_ends:
+            self.is_ghost = ends
+
+    def _finish(self, record: Record, t: int, ends: np.ndarray, infos: dict[str, Any]) -> None:
+        """Returns and lengths by our own arithmetic (the wrappers' differ between modes and versions), and V's of the end."""
+        if self.reports_games:  # a lost life ends an episode for learning; what is reported is the whole game
+            over, returns, lengths = finished_games(infos, ends)
+        else:
+            over, returns, lengths = ends, self.returns, self.lengths
+        record.finished[t, over, 0], record.finished[t, over, 1] = returns[over], lengths[over]
+        self.returns[ends], self.lengths[ends] = 0.0, 0
+        if self.mode == AutoresetMode.SAME_STEP:
+            record.final_observations += [(t, row, np.array(infos["final_obs"][row])) for row in np.flatnonzero(ends)]
+        elif self.mode == AutoresetMode.DISABLED or self.whole_episodes:
+            record.final_observations += [(t, row, np.array(self.observation[row])) for row in np.flatnonzero(ends)]
+        if self.mode == AutoresetMode.DISABLED:
+            self.observation, after = self.envs.reset(options={"reset_mask": ends})
+            self.action_mask = self.allowed(after, np.zeros_like(ends), self.action_mask)
+
+    def allowed(
+        self, infos: dict[str, Any], ends: np.ndarray, before: np.ndarray | None
+    ) -> np.ndarray | None:
+        """(rows, choices) bool: the actions that are allowed in the coming step."""
+        if not self.masks_actions:
+            return None
+        return action_masks(infos, self.policy.family.num_params, ends, before)
 
     @torch.no_grad()
-    def _score(self, record: "_Record", num_steps: int) -> Rollout:
-        """Old log-probs and values from the training forward, in one pass over the rollout."""
+    def _score(self, record: Record, num_steps: int) -> Rollout:
+        """Old log-probs, values and distributions from the training forward, in one pass over the rollout."""
         observations = self._to_policy(record.observations).transpose(0, 1)  # (rows, time, ...)
-        actions = torch.from_numpy(record.actions).t().to(self.device)
-        shape = actions.shape
+        inputs = {"observations": observations.contiguous()}
+        if record.action_masks is not None:
+            inputs["action_mask"] = self._rows_first(record.action_masks)
+        actions = self._rows_first(record.actions)
+        if actions.is_floating_point():
+            actions = actions.to(self.policy.dtype)  # as drawn: nothing is lost
+        rows, time = actions.shape[:2]
         outputs = self.policy(
-            {"observations": observations.flatten(0, 1)}, actions.reshape(-1, 1), with_values=True, with_entropy=False
+            {name: tensor.flatten(0, 1) for name, tensor in inputs.items()},
+            actions.reshape(rows * time, 1, *actions.shape[2:]),
+            with_values=self.with_values,
+            with_entropy=False,
         )
-        assert outputs.values is not None
-        values = outputs.values.view(shape)
-        last = [self.observation, *(observation[None] for _, _, observation in record.final_observations)]
-        last_values = self.policy.values(self._to_policy(np.concatenate(last)))
-        next_values = torch.cat([values[:, 1:], last_values[: shape[0], None]], dim=1)
-        for (t, row, _), value in zip(record.final_observations, last_values[shape[0] :], strict=True):
-            next_values[row, t] = value
-        self._check(record)
-
-        def rows_first(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).transpose(0, 1).contiguous().to(self.device)
-
+        old_logprobs = outputs.logprobs.view(rows, time)
+        values = next_values = torch.zeros_like(old_logprobs)
+        if self.with_values:
+            assert outputs.values is not None
+            values = outputs.values.view(rows, time)
+            next_values = self._next_values(record, values)
+        distribution = outputs.distribution
         trajectories = Trajectories(
-            inputs={"observations": observations.contiguous()},
-            actions=actions.contiguous(),
-            mask=rows_first(record.mask),
-            rewards=rows_first(record.rewards).to(values.dtype),
-            sampling_logprobs=rows_first(record.logprobs).to(values.dtype),
-            old_logprobs=outputs.logprobs.view(shape),
+            inputs=inputs,
+            actions=actions,
+            mask=self._rows_first(record.mask),
+            rewards=self._rows_first(record.rewards).to(values.dtype),
+            sampling_logprobs=self._rows_first(record.logprobs).to(values.dtype),
+            old_logprobs=old_logprobs,
             values=values,
             next_values=next_values,
-            terminated=rows_first(record.terminated),
-            episode_ends=rows_first(record.ends),
-            row_tokens=torch.full((shape[0],), num_steps, device=self.device),
+            terminated=self._rows_first(record.terminated),
+            episode_ends=self._rows_first(record.ends),
+            old_distribution=None if distribution is None else distribution.view(rows, time, -1),
+            row_tokens=torch.full((rows,), time, device=self.device),
             row_index=self.rows.to(self.device),
         )
-        return Rollout(trajectories, rows_first(record.finished))
+        return Rollout(trajectories, self._rows_first(record.finished), num_steps)
+
+    def _next_values(self, record: Record, values: Tensor) -> Tensor:
+        """V of what follows each step: the next step's, the final observation's, the coming observation's at the end."""
+        last = [self.observation, *(observation[None] for _, _, observation in record.final_observations)]
+        last_values = self.policy.values(self._to_policy(np.concatenate(last)))
+        next_values = torch.cat([values[:, 1:], last_values[: len(values), None]], dim=1)
+        if record.final_observations:
+            times, rows, _ = zip(*record.final_observations, strict=True)
+            next_values[list(rows), list(times)] = last_values[len(values) :]
+        return next_values
+
+    def _rows_first(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).transpose(0, 1).contiguous().to(self.device)
 
     def _to_policy(self, observations: np.ndarray) -> Tensor:
-        return torch.from_numpy(observations).to(self.device, self.policy.dtype)
+        """Real numbers in the policy's precision; images stay bytes until the network scales them."""
+        tensor = torch.from_numpy(observations)
+        return tensor.to(self.device, self.policy.dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def _check(self, record: "_Record") -> None:
+    def _check(self, record: Record) -> None:
         """An environment that gives a NaN is named before anything is learnt from it."""
         for name, array in (("reward", record.rewards), ("observation", record.observations)):
             if not np.isfinite(array).all():
@@ -154,18 +239,3 @@ class Collector:
                     f"The {name} of environment {int(self.rows[row])} is not finite ({array[t, row]}) at step {t} of a "
                     "rollout. Look for a division by zero or a diverging simulation in the environment."
                 )
-
-
-class _Record:
-    """Time-major buffers of one rollout: one contiguous row is written per step."""
-
-    def __init__(self, num_steps: int, envs: VectorEnv) -> None:
-        shape = (num_steps, envs.num_envs)
-        space = envs.single_observation_space
-        self.observations = np.empty((*shape, *space.shape), dtype=space.dtype)  # type: ignore[misc]
-        self.actions = np.empty(shape, dtype=np.int64)
-        self.logprobs = np.empty(shape)
-        self.rewards = np.empty(shape)
-        self.mask, self.terminated, self.ends = (np.empty(shape, dtype=bool) for _ in range(3))
-        self.finished = np.zeros((*shape, 2))
-        self.final_observations: list[tuple[int, int, np.ndarray]] = []

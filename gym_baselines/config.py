@@ -1,20 +1,27 @@
-"""The settings of a training run, and the tuned ones of known environments."""
+"""The settings of a training run on a Gymnasium environment."""
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal
 
-from gym_baselines.environments import Autoreset
+from gym_baselines.environments import EnvironmentConfig
+from gym_baselines.networks import NetworkConfig
 from rlhf.algorithms.ppo import PPOConfig
+from rlhf.algorithms.trpo import TrustRegionConfig
 from rlhf.errors import InputError
 from rlhf.update import UpdateConfig
+
+AlgorithmName = Literal["ppo", "ppo_penalty", "a2c", "reinforce", "trpo"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """PPO on a Gymnasium environment. Sizes are global: over all processes."""
+    """One training run. Sizes are global: over all processes."""
 
     env: str = "CartPole-v1"
     """Gymnasium id of the environment."""
+    algorithm: AlgorithmName = "ppo"
+    """Whose defaults and presets these settings started from; the other settings alone decide what is computed."""
     seed: int = 0
     """Decides everything random: weights, start states, actions, minibatches."""
     total_steps: int = 100_000
@@ -23,12 +30,21 @@ class TrainConfig:
     """Environments played side by side."""
     rollout_steps: int = 128
     """Steps of each environment between two updates."""
-    autoreset: Autoreset = "next_step"
-    """How environments restart; both give the same transitions, next_step with a masked ghost step after each episode."""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers of the policy network and of the value network."""
+    whole_episodes: bool = False
+    """Learn from complete episodes alone; the steps of those still running wait for their end (REINFORCE). They were
+    then played by a slightly older policy, so let rollouts be long beside episodes."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """How environments are made, stepped and reset."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """The policy and value networks."""
+    normalize_rewards: bool = False
+    """Divide rewards by the running deviation of their discounted sum, and limit them to +-10."""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """Adam, or RMSprop with decay 0.99 (A2C's)."""
+    optimizer_eps: float = 1e-5
+    """The optimizer's epsilon."""
     learning_rate: float = 3e-4
-    """Adam's learning rate at the start."""
+    """At the start; TRPO's is that of the value network alone."""
     lr_schedule: Literal["linear", "constant"] = "linear"
     """Let the learning rate fall linearly to 0 over the run, or keep it."""
     ppo: PPOConfig = field(
@@ -36,37 +52,86 @@ class TrainConfig:
             kl_coef=0.0, gamma=0.99, value_coef=1.0, value_clip_range=None, normalize_advantages="minibatch"
         )
     )
-    """The algorithm's settings, here with control's usual defaults."""
+    """Objective and advantages, of every algorithm; here with control's usual defaults."""
+    trust_region: TrustRegionConfig | None = None
+    """TRPO's policy step, instead of gradient steps on the surrogate; off if null."""
     update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(num_epochs=10, minibatch_size=256, max_grad_norm=0.5)
+        default_factory=lambda: UpdateConfig(num_epochs=10, minibatch_size=64, max_grad_norm=0.5)
     )
     """How a rollout becomes gradient steps; minibatch_size counts transitions."""
+    device: Literal["cpu", "auto"] = "cpu"
+    """Small networks are fastest on the CPU; auto takes a GPU if there is one (Atari)."""
+    eval_every: int | None = None
+    """Environment steps between two evaluations of the greedy policy; none during training if null."""
+    eval_episodes: int = 20
+    """Episodes of each evaluation."""
+    checkpoint_every: int | None = 50_000
+    """Environment steps between two checkpoints in output_dir, from which a run can be resumed; none if null."""
+    keep_checkpoints: int = 1
+    """How many of the newest checkpoints stay."""
     output_dir: str | None = None
-    """Folder for the trained agent and the metrics; nothing is written if null."""
+    """Folder for the trained agent, checkpoints and metrics; nothing is written if null."""
     overwrite: bool = False
     """Replace a run that output_dir already holds."""
+    resume: bool = False
+    """Continue the run in output_dir from its newest checkpoint, to the last bit as if it had never stopped."""
+    tensorboard: bool = False
+    """Write TensorBoard files to output_dir/tensorboard, under Stable-Baselines3's names."""
     progress_bar: bool = True
     """Show a progress bar on the terminal."""
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "num_envs", "rollout_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.learning_rate < float("inf"):
-            raise InputError(f"learning_rate must be above 0 and finite, got {self.learning_rate}.")
+        for name in ("total_steps", "num_envs", "rollout_steps", "eval_every", "eval_episodes", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
+        if self.keep_checkpoints < 1:
+            raise InputError(f"keep_checkpoints must be at least 1, got {self.keep_checkpoints}.")
+        for name in ("learning_rate", "optimizer_eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must lie in [0, 2**32), got {self.seed}.")
-        if any(size < 1 for size in self.hidden_sizes):
-            raise InputError(f"hidden_sizes must be 1 or more each, got {list(self.hidden_sizes)}.")
-        if self.batch_size % self.update.minibatch_size:
+        if self.output_dir is None and (self.resume or self.tensorboard):
+            raise InputError("resume and tensorboard need an output_dir: name the folder of the run.")
+        if self.resume and self.overwrite:
+            raise InputError("resume continues the run and overwrite deletes it: give only one of the two.")
+        self._check_batch()
+        self._check_algorithm()
+
+    def _check_batch(self) -> None:
+        size = self.update.minibatch_size
+        if size is not None and self.batch_size % size and not self.whole_episodes:
             raise InputError(
-                f"update.minibatch_size = {self.update.minibatch_size} does not divide the {self.batch_size} transitions "
-                f"of a rollout (num_envs {self.num_envs} x rollout_steps {self.rollout_steps}): choose one that does."
+                f"update.minibatch_size = {size} does not divide the {self.batch_size} transitions of a rollout (num_envs "
+                f"{self.num_envs} x rollout_steps {self.rollout_steps}): choose one that does, or null for all of them."
             )
-        if self.ppo.kl_coef > 0:
+        if self.ppo.normalize_advantages != "none" and (size or self.batch_size) < 2:
             raise InputError(
-                f"ppo.kl_coef = {self.ppo.kl_coef} penalises the distance from a reference policy, and control "
+                "Advantages of a single transition cannot be normalised: choose a larger minibatch_size, or "
+                "normalize_advantages none."
+            )
+
+    def _check_algorithm(self) -> None:
+        ppo = self.ppo
+        if ppo.kl_coef > 0:
+            raise InputError(
+                f"ppo.kl_coef = {ppo.kl_coef} penalises the distance from a reference policy, and control "
                 "tasks have none: set it to 0."
+            )
+        if ppo.baseline == "none" and not self.whole_episodes:
+            raise InputError(
+                "ppo.baseline 'none' needs the whole return of each step, and rollouts may end before an episode does: "
+                "set whole_episodes to true, or baseline to value."
+            )
+        if self.trust_region is not None and ppo.normalize_advantages == "minibatch":
+            raise InputError(
+                "trust_region makes one step with the whole batch: set ppo.normalize_advantages to batch (or none)."
+            )
+        if self.trust_region is not None and self.network.shared_trunk:
+            raise InputError(
+                "trust_region (TRPO) steps the policy alone, so it cannot share layers with the value function: set "
+                "network.shared_trunk to false."
             )
 
     @property
@@ -75,32 +140,67 @@ class TrainConfig:
         return self.num_envs * self.rollout_steps
 
 
-PRESETS: dict[str, TrainConfig] = {
-    # rl-zoo's tuned PPO for CartPole-v1 (hyperparams/ppo.yml of rl-baselines3-zoo, 22e3ff2): 500 in every run.
-    # Its vf_coef 0.5 multiplies a squared error without our factor 0.5, hence value_coef 1.
-    "CartPole-v1": TrainConfig(
-        env="CartPole-v1",
-        total_steps=100_000,
-        num_envs=8,
-        rollout_steps=32,
-        learning_rate=1e-3,
-        lr_schedule="linear",
-        ppo=PPOConfig(
-            kl_coef=0.0,
-            gamma=0.98,
-            gae_lambda=0.8,
-            clip_range=0.2,
-            anneal_clip=True,
-            value_coef=1.0,
-            value_clip_range=None,
-            entropy_coef=0.0,
-            normalize_advantages="minibatch",
-        ),
-        update=UpdateConfig(num_epochs=20, minibatch_size=256, max_grad_norm=0.5),
-    ),
+ALIASES = {
+    "n_envs": "num_envs",
+    "n_steps": "rollout_steps",
+    "n_epochs": "num_epochs",
+    "batch_size": "minibatch_size",
+    "ent_coef": "entropy_coef",
+    "net_arch": "hidden_sizes",
+    "total_timesteps": "total_steps",
+    "clip_range_vf": "value_clip_range",
+}
+"""Stable-Baselines3's names of settings that mean the same here."""
+
+_ELSEWHERE = {
+    "vf_coef": "value_coef, which weighs 0.5 (V - R)^2: twice the vf_coef of Stable-Baselines3",
+    "policy": "hidden_sizes, activation, encoder or features; policies are chosen by the spaces",
+    "policy_kwargs": "hidden_sizes, activation, shared_trunk, log_std_init or features",
+    "normalize_advantage": "normalize_advantages ('minibatch', 'batch' or 'none')",
+    "use_sde": "nothing: state-dependent exploration is not supported",
+    "tensorboard_log": "output_dir and tensorboard=True",
+    "verbose": "progress_bar",
 }
 
 
-def preset(env: str, **changes: object) -> TrainConfig:
-    """The tuned settings of an environment, or the general ones if it has none, with some changed by name."""
-    return replace(PRESETS.get(env, TrainConfig(env=env)), **changes)  # type: ignore[arg-type]
+def with_settings(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """`config` with settings changed by name, wherever they live: `learning_rate`, `clip_range`, `hidden_sizes`, ...
+
+    Whole groups (`ppo=PPOConfig(...)`) and Stable-Baselines3's names (`ALIASES`) are taken too. InputError for a name that
+    is no setting.
+    """
+    changes = {ALIASES.get(name, name): value for name, value in changes.items()}
+    own = {f.name for f in fields(config)}
+    direct = {name: value for name, value in changes.items() if name in own}
+    changes = {name: value for name, value in changes.items() if name not in own}
+    for group in own:
+        value = direct.get(group, getattr(config, group))
+        inside = {f.name for f in fields(value)} & changes.keys() if is_dataclass(value) else ()
+        if inside:
+            direct[group] = replace(value, **{name: _tuples(changes.pop(name)) for name in sorted(inside)})
+    if changes:
+        raise InputError(_unknown(next(iter(changes)), config))
+    return replace(config, **direct)
+
+
+def _unknown(name: str, config: TrainConfig) -> str:
+    if name in _ELSEWHERE:
+        return f"There is no setting {name!r} here; use {_ELSEWHERE[name]}."
+    trust_region = {f.name for f in fields(TrustRegionConfig)}
+    if name in trust_region and config.trust_region is None:
+        return f"{name} is a setting of TRPO's trust region, and this is {config.algorithm}: choose algorithm trpo."
+    leaves = [*(leaf for leaf, _ in flat_settings(asdict(config)))]
+    close = get_close_matches(name, [leaf.rpartition(".")[2] for leaf in leaves], n=1)
+    return f"There is no setting {name!r}." + (f" Did you mean {close[0]!r}?" if close else " See TrainConfig for all.")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings under dotted names, as a command line wants its defaults."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        pairs += flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return pairs

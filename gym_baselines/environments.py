@@ -1,118 +1,291 @@
 """Environments as the collector wants them: seeded reset by reset, never rendered, checked before the first step."""
 
-import difflib
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
-import torch
-from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import FrameStackObservation, TimeLimit
 
-from rlhf.core.random import ENV_RESET, uniform
+from gym_baselines.atari import prepare_atari
+from gym_baselines.making import EnvFactory, flatten, make_by, make_registered
+from gym_baselines.pool import is_pool, make_pool
+from gym_baselines.resets import EVALUATION, TRAINING, SeededResets, start_seeds
+from gym_baselines.spaces import action_family, check_spaces_supported
+from gym_baselines.vector import (
+    AUTORESET_MODES,
+    action_masks,
+    as_vector_env,
+    autoreset_mode,
+    finished_games,
+    replay,
+    replay_records,
+    replays,
+    reports_games,
+)
 from rlhf.errors import InputError
 
-EnvFactory = Callable[[], gym.Env]
-Autoreset = Literal["next_step", "same_step"]
-
-AUTORESET_MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
-TRAINING, EVALUATION = 0, 1  # what an environment is for: evaluation never sees the start states of training
-
-_SEEDS_AT_ONCE = 32  # one vectorised draw gives the seeds of this many episodes
+Vectorization = Literal["sync", "async", "envpool"]
+Autoreset = Literal["next_step", "same_step", "disabled"]
 
 
-class SeededResets(gym.Wrapper):
-    """Every reset, the automatic ones too, is seeded by (seed, row, episode) alone.
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentConfig:
+    """How environments are made and stepped; what they are is said by `env`."""
 
-    So an episode does not depend on what was played before it or beside it, and can be replayed from its actions.
+    vectorization: Vectorization = "sync"
+    """Step environments one after the other, in one process each (pays for slow ones only), or by EnvPool in C++."""
+    autoreset: Autoreset = "next_step"
+    """When an environment restarts; all give the same transitions, next_step with a masked step after each episode."""
+    max_episode_steps: int | None = None
+    """Truncate an episode (in Atari: a game) after so many steps; null keeps the environment's own limit."""
+    frame_stack: int | None = None
+    """Observe so many of the last observations at once; null means 4 for an Atari game, else 1."""
+    flatten: bool = False
+    """Turn observations of any fixed size (Discrete, Dict, Tuple, ...) into one vector."""
+    action_masks: bool = False
+    """The environment gives info["action_mask"], true for each action that is allowed now, with every reset and step."""
+    atari: bool = False
+    """Prepare an ALE game as in the DQN paper: 4 frames a step, grey 84 x 84, lives as episodes, signs as rewards."""
+    sticky_actions: float = 0.0
+    """Probability that a game repeats the last action instead: 0 in most published PPO figures; the ALE recommends 0.25."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("vectorization", get_args(Vectorization)), ("autoreset", get_args(Autoreset))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name in ("max_episode_steps", "frame_stack"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, or null, got {value}.")
+        if not 0 <= self.sticky_actions <= 1:
+            raise InputError(f"sticky_actions is a probability and must lie in [0, 1], got {self.sticky_actions}.")
+        if self.sticky_actions and not self.atari:
+            raise InputError("sticky_actions is known to Atari games only: set atari to true, or sticky_actions to 0.")
+        if self.vectorization == "envpool":
+            self._check_pool()
+
+    @property
+    def frames(self) -> int:
+        """Observations in one stack."""
+        return self.frame_stack or (4 if self.atari else 1)
+
+    def _check_pool(self) -> None:
+        if self.autoreset != "next_step":
+            raise InputError(f"vectorization = 'envpool' knows autoreset = 'next_step' only, got {self.autoreset!r}.")
+        for name in ("flatten", "action_masks"):
+            if getattr(self, name):
+                raise InputError(f"{name} is not possible with vectorization = 'envpool': choose 'sync' or 'async'.")
+        if self.frames > 1 and not self.atari:
+            raise InputError(
+                f"vectorization = 'envpool' stacks frames of Atari games only, but frame_stack is {self.frames}: choose "
+                "vectorization 'sync' or 'async'."
+            )
+
+
+def make_env(
+    env: str | EnvFactory,
+    *,
+    seed: int,
+    row: int,
+    purpose: int = TRAINING,
+    options: EnvironmentConfig | None = None,
+    render_mode: str | None = None,
+) -> SeededResets:
+    """One environment with seeded resets, from a Gymnasium id or a function that makes one.
+
+    purpose: EVALUATION plays whole Atari games with their own rewards, from start states that training never sees. Only
+    there may an environment have a render mode (for a video): in training it costs time for nothing.
     """
-
-    def __init__(self, env: gym.Env, *, seed: int, row: int, purpose: int = TRAINING) -> None:
-        super().__init__(env)
-        self.episode = -1
-        self._key = (seed, row, purpose)
-        self._seeds: list[int] = []
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        self.episode += 1
-        return self.env.reset(seed=self._next_seed() if seed is None else seed, options=options)
-
-    def _next_seed(self) -> int:
-        block, place = divmod(self.episode, _SEEDS_AT_ONCE)
-        if place == 0 or not self._seeds:
-            seed, row, purpose = self._key
-            episodes = torch.arange(block * _SEEDS_AT_ONCE, (block + 1) * _SEEDS_AT_ONCE)
-            self._seeds = (uniform(seed, ENV_RESET, row, episodes, purpose) * 2**31).long().tolist()
-        return self._seeds[place]
-
-
-def make_env(env: str | EnvFactory, *, seed: int, row: int, purpose: int = TRAINING) -> gym.Env:
-    """One environment with seeded resets, from a Gymnasium id or a function that makes one. Never with a render mode."""
-    made = _make_registered(env) if isinstance(env, str) else env()
-    if not isinstance(made, gym.Env):
+    options = options or EnvironmentConfig()
+    if isinstance(env, str):
+        settings: dict[str, Any] = {"max_episode_steps": options.max_episode_steps}
+        if options.atari:
+            settings = {"frameskip": 1, "repeat_action_probability": 0.0}
+        made = make_registered(env, atari=options.atari, render_mode=render_mode, **settings)
+    else:
+        made = make_by(env)
+        if options.max_episode_steps is not None and not options.atari:
+            made = TimeLimit(made, options.max_episode_steps)
+    shown = getattr(made, "render_mode", None)
+    if shown is not None and purpose == TRAINING:
+        made.close()
         raise InputError(
-            f"env must be a Gymnasium id or a function that returns a gymnasium.Env, but it gave {made!r}."
+            f"The environment has render_mode={shown!r}, which slows training (several times, in some) and changes "
+            "nothing: make it without. Videos are made from the saved agent, in evaluation."
         )
+    if options.atari:
+        made = prepare_atari(
+            made,
+            learning=purpose == TRAINING,
+            sticky_actions=options.sticky_actions,
+            max_episode_steps=options.max_episode_steps,
+        )
+    if options.flatten:
+        made = flatten(made)
+    if options.frames > 1:
+        made = FrameStackObservation(made, options.frames)
     return SeededResets(made, seed=seed, row=row, purpose=purpose)
 
 
 def make_vector_env(
-    env: str | EnvFactory, *, rows: Sequence[int], seed: int, autoreset: Autoreset = "next_step"
+    env: str | EnvFactory | VectorEnv,
+    *,
+    rows: Sequence[int],
+    seed: int,
+    options: EnvironmentConfig | None = None,
+    purpose: int = TRAINING,
+    autoreset: Autoreset | None = None,
 ) -> VectorEnv:
-    """This process's environments: one for each global row index in `rows`. Raises InputError for what is not supported."""
-    if autoreset not in AUTORESET_MODES:
-        raise InputError(f"autoreset must be one of {', '.join(AUTORESET_MODES)}, got {autoreset!r}.")
+    """This process's environments: one for each global row index in `rows`. Raises InputError for what is not supported.
+
+    env may also be a vector environment that the user made: it must hold as many environments as there are rows.
+    autoreset: instead of the one in `options`.
+    """
+    options = options or EnvironmentConfig()
+    if autoreset is not None:
+        options = replace(options, autoreset=autoreset)
     if len(rows) == 0:
         raise InputError("This process would hold no environment: num_envs must be at least the number of processes.")
-    check_spaces(env)
-    factories = [lambda row=row: make_env(env, seed=seed, row=row) for row in rows]
+    if isinstance(env, VectorEnv) or is_pool(env):
+        given = as_vector_env(env, seed=seed, first_row=rows[0])
+        if given.num_envs != len(rows):
+            raise InputError(
+                f"The vector environment holds {given.num_envs} environments, but this process is to play {len(rows)}: "
+                "set num_envs to the number it holds, and use one process."
+            )
+        return given
+    if options.vectorization == "envpool":
+        return _make_pool(env, rows=rows, seed=seed, options=options, purpose=purpose)
+    check_environment(env, options)
+    factories = [partial(make_env, env, seed=seed, row=row, purpose=purpose, options=options) for row in rows]
+    mode = AUTORESET_MODES[options.autoreset]
     # The collector copies observations into its own buffers, so the environments need not copy them once more.
-    return SyncVectorEnv(factories, copy=False, autoreset_mode=AUTORESET_MODES[autoreset])
+    envs: Any
+    if options.vectorization == "async":
+        envs = AsyncVectorEnv(factories, copy=False, autoreset_mode=mode)
+    else:
+        envs = SyncVectorEnv(factories, copy=False, autoreset_mode=mode)
+        if len({id(single.unwrapped) for single in envs.envs}) < len(rows):
+            raise InputError(
+                "env gave the same environment twice: it must be a function that makes a new one each time."
+            )
+    envs.replays, envs.reports_games = True, envs.call("reports_games")[0]
+    return envs
 
 
-def check_spaces(env: str | EnvFactory) -> tuple[Box, Discrete]:
-    """Observation and action space of `env`; InputError if they are not Box and Discrete."""
-    probe = make_env(env, seed=0, row=0)
-    observations, actions = probe.observation_space, probe.action_space
-    probe.close()
-    check_supported(observations, actions, env if isinstance(env, str) else "the environment")
-    return observations, actions  # type: ignore[return-value]
-
-
-def check_supported(observations: gym.Space, actions: gym.Space, name: str) -> None:
-    """Refuse a space that no policy here can handle, by its name."""
-    if not isinstance(observations, Box):
-        raise InputError(
-            f"{name} has the observation space {observations}, but only Box is supported. "
-            "Wrap it in gymnasium.wrappers.FlattenObservation, which turns any fixed-size space into a Box."
-        )
-    if not (np.issubdtype(observations.dtype, np.number) or observations.dtype == np.bool_):
-        raise InputError(f"{name} has observations of type {observations.dtype}; numbers are needed.")
-    if not isinstance(actions, Discrete):
-        raise InputError(
-            f"{name} has the action space {actions}, but only Discrete is supported so far. "
-            "Choose an environment with discrete actions, or wrap it in one that offers a finite choice."
-        )
-
-
-def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
-    """How the vector environment resets; InputError unless the collector knows what its steps then mean."""
-    mode = envs.metadata.get("autoreset_mode")
-    if not isinstance(mode, AutoresetMode) or mode not in AUTORESET_MODES.values():
-        known = ", ".join(str(mode) for mode in AUTORESET_MODES.values())
-        raise InputError(
-            f"The vector environment's metadata['autoreset_mode'] is {mode!r}, but only {known} are known here: which "
-            "steps are real and which observation ends an episode depends on it. Build it with autoreset_mode=NEXT_STEP."
-        )
-    return mode
-
-
-def _make_registered(name: str) -> gym.Env:
+def check_environment(
+    env: str | EnvFactory | VectorEnv, options: EnvironmentConfig | None = None
+) -> tuple[gym.Space, gym.Space]:
+    """Make and reset one environment as training will; its spaces. InputError for anything that training cannot use."""
+    options = options or EnvironmentConfig()
+    name = env if isinstance(env, str) else "the environment"
+    if isinstance(env, VectorEnv) or is_pool(env):
+        given = as_vector_env(env)
+        check_spaces_supported(given.single_observation_space, given.single_action_space, "the vector environment")
+        return given.single_observation_space, given.single_action_space
+    if options.vectorization == "envpool":
+        pool = _make_pool(env, rows=[0], seed=0, options=options, purpose=TRAINING)
+        pool.close()
+        return pool.single_observation_space, pool.single_action_space
+    probe = make_env(env, seed=0, row=0, options=options)
     try:
-        return gym.make(name, disable_env_checker=True)
-    except gym.error.DependencyNotInstalled as error:
-        raise InputError(f"env {name} needs a package that is missing: {error}") from error
-    except gym.error.Error as error:
-        known = difflib.get_close_matches(name, gym.registry, n=1, cutoff=0.0)
-        raise InputError(f"env {name!r} is not known to Gymnasium. Did you mean {known[0]!r}?") from error
+        check_spaces_supported(probe.observation_space, probe.action_space, name)
+        _check_reset(probe, name, options)
+    finally:
+        probe.close()
+    return probe.observation_space, probe.action_space
+
+
+def _check_reset(env: SeededResets, name: str, options: EnvironmentConfig) -> None:
+    try:
+        observation, info = env.reset()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{name} fails in its reset, which must take seed and options and return (observation, info), as Gymnasium's "
+            f"do: {type(error).__name__}: {error}"
+        ) from error
+    if np.shape(observation) != env.observation_space.shape:
+        raise InputError(
+            f"{name} gives observations of the shape {np.shape(observation)}, but its observation_space says "
+            f"{env.observation_space}."
+        )
+    if options.action_masks:
+        _check_mask(env.action_space, info, name)
+
+
+def _check_mask(actions: gym.Space, info: dict[str, Any], name: str) -> None:
+    family = action_family(actions)
+    if not family.is_discrete:
+        raise InputError(
+            f"action_masks is true, but {name} has the action space {actions}, which has no choices to mask."
+        )
+    if "action_mask" not in info:
+        raise InputError(
+            f"action_masks is true, but the info of {name}'s reset has no 'action_mask'. Add it there and in step (true "
+            "for each allowed action), or set action_masks to false."
+        )
+    if np.shape(info["action_mask"]) != (family.num_params,):
+        raise InputError(
+            f"info['action_mask'] of {name} has the shape {np.shape(info['action_mask'])}, but {actions} needs "
+            f"{(family.num_params,)}: one entry for each choice, those of several choices one after the other."
+        )
+
+
+def _make_pool(
+    env: str | EnvFactory, *, rows: Sequence[int], seed: int, options: EnvironmentConfig, purpose: int
+) -> VectorEnv:
+    if not isinstance(env, str):
+        raise InputError("vectorization = 'envpool' needs the id of one of EnvPool's environments, not a function.")
+    learning = purpose == TRAINING
+    atari = {
+        "stack_num": options.frames,
+        "frame_skip": 4,
+        "noop_max": 30,
+        "use_fire_reset": True,
+        "episodic_life": learning,
+        "reward_clip": learning,
+        "repeat_action_probability": options.sticky_actions,
+    }
+    limit = {} if options.max_episode_steps is None else {"max_episode_steps": options.max_episode_steps}
+    pool = make_pool(env, seeds=start_seeds(seed, rows, purpose), **limit, **(atari if options.atari else {}))
+    pool.take_spaces(*_registered_spaces(env, options))
+    check_spaces_supported(pool.single_observation_space, pool.single_action_space, f"EnvPool's {env}")
+    return pool
+
+
+def _registered_spaces(name: str, options: EnvironmentConfig) -> tuple[gym.Space, gym.Space] | tuple[None, None]:
+    """Gymnasium's spaces for the same id, if it has it here."""
+    try:
+        known = make_env(name, seed=0, row=0, options=replace(options, vectorization="sync"))
+    except InputError:
+        return None, None
+    known.close()
+    return known.observation_space, known.action_space
+
+
+__all__ = [
+    "EVALUATION",
+    "TRAINING",
+    "Autoreset",
+    "EnvFactory",
+    "EnvironmentConfig",
+    "SeededResets",
+    "Vectorization",
+    "action_masks",
+    "as_vector_env",
+    "autoreset_mode",
+    "check_environment",
+    "finished_games",
+    "make_env",
+    "make_vector_env",
+    "replay",
+    "replay_records",
+    "replays",
+    "reports_games",
+]

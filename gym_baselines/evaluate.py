@@ -1,19 +1,28 @@
 """How good a policy is: complete episodes from start states that training never saw."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
 
 import numpy as np
 import torch
 
+from gym_baselines.agent import Agent, allows_something
 from gym_baselines.environments import EVALUATION as FOR_EVALUATION
-from gym_baselines.environments import EnvFactory, make_env
-from gym_baselines.networks import CategoricalPolicy
+from gym_baselines.environments import EnvFactory, EnvironmentConfig, SeededResets, make_env
+from gym_baselines.networks import ActorCritic
+from gym_baselines.spaces import are_alike
 from rlhf.core.random import EVALUATION, uniform
-from rlhf.errors import InputError
+from rlhf.errors import InputError, TrainingError
+
+MOST_AT_ONCE = 100  # environments that are open at a time
+_LONGEST_EPISODE = 1_000_000  # steps; longer ones probably never end
 
 
-class Evaluation(NamedTuple):
-    """Undiscounted returns of complete episodes."""
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Undiscounted returns of complete episodes, in the order of their start states: `mean, std = evaluate(...)`."""
 
     returns: np.ndarray
     lengths: np.ndarray
@@ -24,7 +33,11 @@ class Evaluation(NamedTuple):
 
     @property
     def std(self) -> float:
+        """Over episodes (ddof 0), not of the mean."""
         return float(self.returns.std())
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.mean, self.std))
 
     def __str__(self) -> str:
         return f"{self.mean:.1f} +- {self.std:.1f} (min {self.returns.min():.1f}, {len(self.returns)} episodes)"
@@ -32,36 +45,139 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(
-    policy: CategoricalPolicy, env: str | EnvFactory, *, episodes: int = 100, seed: int = 0, greedy: bool = True
+    agent: Any,
+    env: str | EnvFactory | None = None,
+    *,
+    episodes: int = 100,
+    seed: int = 0,
+    greedy: bool = True,
+    options: EnvironmentConfig | None = None,
 ) -> Evaluation:
-    """Play `episodes` episodes, one per environment, so that short ones are not over-represented.
+    """Play `episodes` episodes, each from a start state of its own, so that short ones are not over-represented.
 
-    greedy: the most likely action; otherwise actions are drawn, a pure function of (seed, episode, step).
-    An environment that has finished is not stepped again, and costs no forward.
+    agent: an agent, a learner or a bare policy. env: an id or a function that makes one environment; that of the agent's
+    training if None. greedy: the most likely action; otherwise actions are drawn, a pure function of (seed, episode,
+    step). options: how environments are made; as in the agent's training if None. In Atari an episode is a whole game.
+    Raises TrainingError if a reward or an observation is not finite.
     """
     if episodes < 1:
         raise InputError(f"episodes must be at least 1, got {episodes}.")
-    envs = [make_env(env, seed=seed, row=row, purpose=FOR_EVALUATION) for row in range(episodes)]
-    first_action = int(getattr(envs[0].action_space, "start", 0))
-    device = next(policy.parameters()).device
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
-    observations = np.stack([env.reset()[0] for env in envs])
-    running = np.arange(episodes)
-    step = 0
-    while len(running):
-        rows = torch.from_numpy(observations[running]).to(device, policy.dtype)
-        if greedy:
-            actions = policy.greedy(rows)
-        else:
-            actions, _ = policy.sample(rows, uniform(seed, EVALUATION, step, torch.from_numpy(running)).to(device))
-        over = np.zeros(len(running), dtype=bool)
-        for place, (episode, action) in enumerate(zip(running, actions.tolist(), strict=True)):
-            observations[episode], reward, terminated, truncated, _ = envs[episode].step(action + first_action)
-            returns[episode] += float(reward)
-            over[place] = terminated or truncated
-        lengths[running] += 1
-        running = running[~over]
-        step += 1
-    for played in envs:
-        played.close()
-    return Evaluation(returns, lengths)
+    agent = getattr(agent, "agent", agent)  # of a learner
+    if isinstance(agent, Agent):
+        options = options or agent.environment_config()
+        env = env or agent.make_env or agent.env
+        policy = agent.policy
+    elif isinstance(agent, ActorCritic):
+        policy = agent
+    else:
+        raise InputError(f"evaluate needs a trained agent or a policy, got {agent!r:.200}.")
+    if env is None:
+        raise InputError("A bare policy does not know its environment: pass env, an id or a function that makes one.")
+    return _Games(policy, env, options or EnvironmentConfig(), seed, greedy).play(episodes)
+
+
+class _Episode:
+    """One environment and what it is in."""
+
+    def __init__(self, env: SeededResets, number: int) -> None:
+        self.env, self.number = env, number
+        self.total, self.length = 0.0, 0
+        self.observation, self.info = env.reset()
+
+    def step(self, action: Any) -> bool:
+        """Whether that was the last one. Where whole games are reported, a lost life ends nothing."""
+        self.observation, reward, terminated, truncated, self.info = self.env.step(action)
+        self.length += 1
+        self.total += float(reward)
+        if not isfinite(self.total):
+            raise self.not_finite("reward", reward)
+        if self.length > _LONGEST_EPISODE:
+            raise InputError(
+                f"Evaluation episode {self.number} has not ended after {_LONGEST_EPISODE} steps: give the environment a "
+                "time limit with max_episode_steps."
+            )
+        if not self.env.reports_games:
+            return bool(terminated or truncated)
+        if (terminated or truncated) and "game_return" not in self.info:
+            self.observation, self.info = self.env.reset()
+        if "game_return" not in self.info:
+            return False
+        self.total = float(self.info["game_return"])
+        self.length = int(self.info.get("game_length", self.length))
+        return True
+
+    def not_finite(self, what: str, value: Any) -> TrainingError:
+        return TrainingError(
+            f"The {what} of evaluation episode {self.number} is not finite ({value}) after {self.length} steps. Look for a "
+            "division by zero or a diverging simulation in the environment."
+        )
+
+
+class _Games:
+    """Episodes side by side, one forward for all of them per step."""
+
+    def __init__(
+        self, policy: ActorCritic, env: str | EnvFactory, options: EnvironmentConfig, seed: int, greedy: bool
+    ) -> None:
+        self.policy, self.env, self.options, self.seed, self.greedy = policy, env, options, seed, greedy
+        self.parts = torch.arange(policy.num_draws)
+
+    def play(self, episodes: int) -> Evaluation:
+        returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
+        waiting = iter(range(episodes))
+        running: list[_Episode] = []
+        try:
+            while True:
+                while len(running) < MOST_AT_ONCE and (number := next(waiting, None)) is not None:
+                    running.append(self._start(number))
+                if not running:
+                    return Evaluation(returns, lengths)
+                going_on = []
+                for episode, action in zip(running, self._actions(running), strict=True):
+                    if not episode.step(action):
+                        going_on.append(episode)
+                        continue
+                    returns[episode.number], lengths[episode.number] = episode.total, episode.length
+                    episode.env.close()
+                running = going_on
+        finally:
+            for episode in running:
+                episode.env.close()
+
+    def _start(self, number: int) -> _Episode:
+        env = make_env(self.env, seed=self.seed, row=number, purpose=FOR_EVALUATION, options=self.options)
+        for name in ("observation_space", "action_space"):
+            ours, theirs = getattr(self.policy, name), getattr(env, name)
+            if not are_alike(ours, theirs):
+                env.close()
+                raise InputError(f"The {name} of env is {theirs}, but the policy was made for {ours}.")
+        return _Episode(env, number)
+
+    def _actions(self, running: list[_Episode]) -> np.ndarray:
+        """The environments' actions for what they show now."""
+        observations = np.stack([episode.observation for episode in running])
+        if observations.dtype.kind == "f" and not np.isfinite(observations).all():
+            episode = next(e for e in running if not np.isfinite(e.observation).all())
+            raise episode.not_finite("observation", episode.observation)
+        policy, rows = self.policy, torch.from_numpy(observations)
+        rows = rows.to(policy.device, policy.dtype if rows.is_floating_point() else rows.dtype)
+        mask = self._mask(running)
+        if self.greedy:
+            return policy.env_actions(policy.greedy(rows, mask))
+        steps, numbers = (torch.tensor([getattr(e, name) for e in running])[:, None] for name in ("length", "number"))
+        draws = uniform(self.seed, EVALUATION, steps, numbers, self.parts).to(policy.device)
+        return policy.env_actions(policy.sample(rows, draws, mask)[0])
+
+    def _mask(self, running: list[_Episode]) -> torch.Tensor | None:
+        """What info["action_mask"] allows, if the environments' options say that it is there."""
+        if not self.options.action_masks:
+            return None
+        missing = [episode.number for episode in running if "action_mask" not in episode.info]
+        if missing:
+            raise InputError(
+                f"action_masks is true, but episode {missing[0]} gave no info['action_mask'] in some step."
+            )
+        mask = torch.from_numpy(np.stack([episode.info["action_mask"] for episode in running]).astype(bool))
+        if not allows_something(mask, self.policy):
+            raise TrainingError("info['action_mask'] of an evaluation episode allows no action at all.")
+        return mask.to(self.policy.device)

@@ -1,75 +1,261 @@
-"""Policies: what the collector asks for actions and `rlhf.update` for log-probs, values and entropy."""
+"""Policies: what the collector asks for actions and `rlhf.update` for log-probs, values, entropy and divergences."""
 
-from collections.abc import Sequence
-from itertools import pairwise
-from math import prod, sqrt
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
 
+import gymnasium as gym
+import numpy as np
 import torch
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
-from rlhf.core.logprobs import entropy, token_logprobs
-from rlhf.core.random import invert_cdf
+from gym_baselines.layers import ACTIVATIONS, NatureCNN, Normalizer, hidden_layers, mlp
+from gym_baselines.spaces import action_family, check_spaces_supported, image_channels
+from rlhf.core.distributions import MASKED_LOGIT, Categorical, MultiCategorical, SquashedGaussian
+from rlhf.errors import InputError
 from rlhf.types import Inputs, PolicyOutputs
 
+Features = Callable[[gym.Space], nn.Module]
+"""Makes, for an observation space, a module from observations (rows, *shape) to features (rows, width)."""
 
-class CategoricalPolicy(nn.Module):
-    """Discrete actions: separate tanh networks for the policy and the value function.
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The policy and value networks."""
+
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers. Not used where features come from convolutions or from a module of your own."""
+    value_hidden_sizes: tuple[int, ...] | None = None
+    """Those of the value network, if they are to differ."""
+    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
+    """Between the layers; convolutions always have relu."""
+    shared_trunk: bool = False
+    """One network with two heads. Otherwise policy and values have one each; convolutions are shared in any case."""
+    squash: bool = False
+    """Box actions are a + b tanh(u), u Gaussian: never beyond the bounds. Otherwise they are Gaussian, and cut for the
+    environment alone."""
+    log_std_init: float = 0.0
+    """Logarithm of the Gaussian's deviation at the start; it is learnt, and does not depend on the observation."""
+    encoder: Literal["auto", "mlp", "nature_cnn"] = "auto"
+    """Layers that look at the observation; auto takes the Atari convolutions for pictures (bytes, 36 x 36 or more)."""
+    normalize_observations: bool = False
+    """Shift and scale observations by their running mean and deviation, and limit them to +-10."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_sizes", "value_hidden_sizes"):
+            sizes = getattr(self, name)
+            if sizes is not None and any(size < 1 for size in sizes):
+                raise InputError(f"{name} must be 1 or more each, got {list(sizes)}.")
+        for name, choices in (("activation", tuple(ACTIVATIONS)), ("encoder", ("auto", "mlp", "nature_cnn"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if not -20 <= self.log_std_init <= 5:
+            raise InputError(f"log_std_init must lie in [-20, 5] (usual: 0), got {self.log_std_init}.")
+        if self.shared_trunk and self.value_hidden_sizes not in (None, self.hidden_sizes):
+            raise InputError(
+                "value_hidden_sizes belong to separate networks: set it to null, or shared_trunk to false."
+            )
+
+
+class ActorCritic(nn.Module):
+    """Actions and values for observations: Discrete, MultiDiscrete, MultiBinary or Box actions; see NetworkConfig.
 
     Orthogonal initialisation with gain sqrt(2), 0.01 at the policy head (all actions start about equally likely) and 1 at
     the value head, biases 0 (Huang et al. 2022, "The 37 implementation details of PPO", core details 2 and 13).
+
+    Observations are raw everywhere: scaling and normalising happen in here. Any numeric type will do. Actions are counted
+    from 0 and unclipped (`env_actions` makes them the environment's), (rows,) int64 or (rows, parts). An action mask is
+    (rows, choices) bool, True = allowed, the parts of several choices one after the other; a forbidden choice has the
+    probability 0 exactly. A row (or part) that allows nothing is treated as if it allowed everything: so the state
+    after an episode's end, where no action follows, does no harm. Who acts on masks must refuse it elsewhere.
     """
 
     def __init__(
         self,
-        observation_shape: Sequence[int],
-        num_actions: int,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        config: NetworkConfig | None = None,
         *,
-        hidden_sizes: Sequence[int] = (64, 64),
         seed: int = 0,
+        features: Features | None = None,
     ) -> None:
+        """features: a module of your own in place of the hidden layers; the heads of policy and values stand on it."""
         super().__init__()
-        width = prod(observation_shape)
-        generator = torch.Generator().manual_seed(seed)
-        self.policy_net = _mlp([width, *hidden_sizes, num_actions], 0.01, generator)
-        self.value_net = _mlp([width, *hidden_sizes, 1], 1.0, generator)
+        self.config = config = config or NetworkConfig()
+        check_spaces_supported(observation_space, action_space, squash=config.squash)
+        self.observation_space, self.action_space = observation_space, action_space
+        self.family = action_family(action_space, squash=config.squash)
+        self.has_own_features = features is not None
+        self.normalizer = _make_normalizer(observation_space) if config.normalize_observations else None
+        self._num_states = int(observation_space.n) if isinstance(observation_space, Discrete) else None
+        self._first_state = int(observation_space.start) if isinstance(observation_space, Discrete) else 0
+        self._is_image = image_channels(observation_space) is not None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.value_net[-1].weight.dtype  # type: ignore[return-value]
+        generator = torch.Generator().manual_seed(seed)
+        hidden = config.hidden_sizes
+        value_hidden = hidden if config.value_hidden_sizes is None else config.value_hidden_sizes
+        self.body: nn.Module | None = None  # what policy and values share
+        width = self._num_states or prod(observation_space.shape or ())
+        self._flatten = features is None and not self._uses_cnn()
+        if features is not None:
+            self.body, width = self._own_body(features, seed)
+        elif self._uses_cnn():
+            self.body, width = NatureCNN(observation_space, generator), NatureCNN.width
+        elif config.shared_trunk and hidden:
+            self.body = nn.Sequential(*hidden_layers([width, *hidden], config.activation, generator))
+            width = hidden[-1]
+        if self.body is not None:
+            hidden = value_hidden = ()
+        outputs = self.family.num_params if self.family.is_discrete else self.family.num_params // 2
+        self.policy_net = mlp([width, *hidden, outputs], config.activation, 0.01, generator)
+        self.value_net = mlp([width, *value_hidden, 1], config.activation, 1.0, generator)
+        log_std = torch.full((outputs,), float(config.log_std_init))
+        self.log_std = None if self.family.is_discrete else nn.Parameter(log_std)
+        # In a tuple, so as not to be registered twice; finding it by its index each time would be slow.
+        self._value_head = (self.value_net[-1],)
+
+    # ---- for learning ----
 
     def forward(
-        self, inputs: Inputs, actions: Tensor, with_values: bool = True, with_entropy: bool = False
+        self,
+        inputs: Inputs,
+        actions: Tensor,
+        with_values: bool = True,
+        with_entropy: bool = False,
+        old_distribution: Tensor | None = None,
     ) -> PolicyOutputs:
-        """Scores `actions`, (rows, 1) int64, at inputs["observations"], (rows, ...); outputs are (rows, 1)."""
-        observations = inputs["observations"].flatten(1)
-        logits = self.policy_net(observations).unsqueeze(1)
+        """Scores `actions`, (rows, 1) or (rows, 1, parts), at inputs["observations"], (rows, ...); outputs are (rows, 1).
+
+        inputs may hold an "action_mask". `distribution`, (rows, 1, num_params), is always given; `kl`, of
+        old_distribution from this one, if that is passed in.
+        """
+        features = self._features(inputs["observations"])
+        params = self._params(features, inputs.get("action_mask")).unsqueeze(1)
         return PolicyOutputs(
-            logprobs=token_logprobs(logits, actions),
-            values=self.value_net(observations) if with_values else None,
-            entropy=entropy(logits) if with_entropy else None,
+            logprobs=self.family.logprobs(params, actions),
+            values=self.value_net(features) if with_values else None,
+            entropy=self.family.entropy(params) if with_entropy else None,
+            distribution=params,
+            kl=None if old_distribution is None else self.family.kl(old_distribution, params),
         )
 
-    def sample(self, observations: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions and their log-probs, (rows,) each, from draws in [0, 1), (rows,) float64."""
-        logits = self.policy_net(observations.flatten(1))
-        actions = invert_cdf(logits, draws)
-        return actions, token_logprobs(logits, actions)
+    def parameters_of_policy(self) -> list[nn.Parameter]:
+        """Those that the distribution of actions depends on."""
+        modules = [self.policy_net] if self.body is None else [self.body, self.policy_net]
+        own = [] if self.log_std is None else [self.log_std]
+        return [parameter for module in modules for parameter in module.parameters()] + own
 
-    def greedy(self, observations: Tensor) -> Tensor:
-        """The most likely action of each row, (rows,)."""
-        return self.policy_net(observations.flatten(1)).argmax(-1)
+    # ---- for acting ----
+
+    def sample(self, observations: Tensor, draws: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Actions and their log-probs, (rows,), from draws in [0, 1), (rows, num_draws) float64."""
+        params = self._params(self._features(observations), action_mask)
+        actions = self.family.sample(params, draws)
+        return actions, self.family.logprobs(params, actions)
+
+    def greedy(self, observations: Tensor, action_mask: Tensor | None = None) -> Tensor:
+        """The most likely action of each row; of a squashed Gaussian, the one in the middle (the median)."""
+        return self.family.mode(self._params(self._features(observations), action_mask))
 
     def values(self, observations: Tensor) -> Tensor:
         """V of each observation, (rows,)."""
-        return self.value_net(observations.flatten(1)).squeeze(1)
+        return self.value_net(self._features(observations)).squeeze(1)
+
+    def env_actions(self, actions: Tensor) -> np.ndarray:
+        """What the environment is to be given: its own first action, shape, type and bounds. (rows, *action shape)"""
+        space, family = self.action_space, self.family
+        numbers = actions.cpu().numpy()
+        if isinstance(space, Discrete):
+            return numbers + space.start if space.start else numbers
+        if isinstance(family, SquashedGaussian):
+            numbers = np.asarray(family.shift) + np.asarray(family.scale) * np.tanh(numbers)
+        numbers = numbers.reshape(len(numbers), *(space.shape or ()))
+        if isinstance(space, MultiDiscrete):
+            return (numbers + space.start).astype(space.dtype, copy=False)
+        if isinstance(space, MultiBinary):
+            return numbers.astype(space.dtype)
+        assert isinstance(space, Box)
+        return np.clip(numbers.astype(space.dtype, copy=False), space.low, space.high)
+
+    # ---- what it is ----
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._value_head[0].weight.dtype  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self._value_head[0].weight.device  # type: ignore[return-value]
+
+    @property
+    def shares_layers(self) -> bool:
+        """Policy and values have parameters in common."""
+        return self.body is not None
+
+    @property
+    def num_draws(self) -> int:
+        """Uniform numbers that one action needs."""
+        return self.family.num_draws
+
+    # ---- parts ----
+
+    def _features(self, observations: Tensor) -> Tensor:
+        """Raw observations -> what the two heads (or separate networks) take, (rows, width)."""
+        if self._num_states is not None:
+            observations = one_hot(observations.long() - self._first_state, self._num_states)
+        prepared = observations.to(self.dtype)
+        if self._is_image:
+            prepared = prepared / 255
+        if self.normalizer is not None:
+            prepared = self.normalizer(prepared)
+        if self._flatten:
+            prepared = prepared.flatten(1) if prepared.dim() > 1 else prepared.unsqueeze(1)
+        return prepared if self.body is None else self.body(prepared)
+
+    def _uses_cnn(self) -> bool:
+        return self.config.encoder == "nature_cnn" or (self.config.encoder == "auto" and self._is_image)
+
+    def _params(self, features: Tensor, action_mask: Tensor | None) -> Tensor:
+        """The distribution's parameters, (rows, num_params)."""
+        params = self.policy_net(features)
+        if self.log_std is not None:
+            params = torch.cat([params, self.log_std.expand_as(params)], -1)
+        if action_mask is None:
+            return params
+        if not isinstance(self.family, Categorical | MultiCategorical):
+            raise InputError(
+                f"An action mask was given, but the action space {self.action_space} has no choices to mask."
+            )
+        return params.masked_fill(~action_mask, MASKED_LOGIT)
+
+    def _own_body(self, features: Features, seed: int) -> tuple[nn.Module, int]:
+        """The user's module, initialised by `seed` whatever the global generator's state, and the width of its output."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            body = features(self.observation_space)
+        if not isinstance(body, nn.Module):
+            raise InputError(f"features must make a torch.nn.Module for an observation space, but it gave {body!r}.")
+        shape = (self._num_states,) if self._num_states is not None else self.observation_space.shape or ()
+        was_training = body.training
+        try:
+            with torch.no_grad():
+                made: Any = body.eval()(torch.zeros(2, *shape))
+        except Exception as error:
+            raise InputError(f"features made a module that fails on observations (2, *{shape}): {error}") from error
+        body.train(was_training)
+        if not isinstance(made, Tensor) or made.dim() != 2 or len(made) != 2:
+            found = tuple(made.shape) if isinstance(made, Tensor) else repr(made)
+            raise InputError(f"features must give (rows, width); for 2 observations {shape} it gave {found}.")
+        return body, made.shape[1]
 
 
-def _mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for number, (width_in, width_out) in enumerate(pairwise(sizes)):
-        last = number == len(sizes) - 2
-        linear = nn.utils.skip_init(nn.Linear, width_in, width_out)  # no draw from the global generator
-        nn.init.orthogonal_(linear.weight, last_gain if last else sqrt(2), generator=generator)
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.Tanh()]
-    return nn.Sequential(*layers)
+def _make_normalizer(observations: gym.Space) -> Normalizer:
+    if image_channels(observations) is not None or not isinstance(observations, Box):
+        raise InputError(
+            f"normalize_observations is for a Box of measured numbers, but observations are {observations}, which need no "
+            "statistics: set it to false."
+        )
+    return Normalizer(observations.shape)

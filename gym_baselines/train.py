@@ -1,93 +1,334 @@
 """Training on a Gymnasium environment. The loop is the algorithm: collect, prepare, update."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Adam, Optimizer
-from tqdm import tqdm
+from gymnasium.vector import VectorEnv
+from torch import nn
+from torch.optim import Adam, Optimizer, RMSprop
 
-from gym_baselines.agent import AGENT_FILE, WEIGHTS_FILE, Agent, check_output_dir, describe
-from gym_baselines.collect import Collector
+from gym_baselines.agent import Agent, describe
+from gym_baselines.collect import Collector, Rollout
 from gym_baselines.config import TrainConfig
-from gym_baselines.environments import EnvFactory, check_spaces, make_vector_env
-from gym_baselines.networks import CategoricalPolicy
+from gym_baselines.environments import EnvFactory, check_environment, make_vector_env
+from gym_baselines.evaluate import evaluate
+from gym_baselines.networks import ActorCritic
+from gym_baselines.normalize import RewardScale
+from gym_baselines.report import Report
+from gym_baselines.restore import from_checkpoint, restore_rows, row_states, to_checkpoint
 from rlhf.algorithms.ppo import PPO
+from rlhf.algorithms.trpo import TRPO
+from rlhf.checkpoint import Checkpoint, RunDirectory
+from rlhf.core.masking import masked_mean
 from rlhf.distributed import Distributed
 from rlhf.errors import TrainingError
-from rlhf.metrics import METRICS_FILE, TIMES_FILE, MetricsWriter
-from rlhf.types import TrainingBatch
+from rlhf.resume import check_resumable, load_optimizer_tensors, optimizer_tensors
+from rlhf.types import TrainingBatch, Trajectories
 from rlhf.update import update
 
 Callback = Callable[[Agent, dict[str, float]], bool | None]
 """Called after every update with the agent and the step's metrics; returning False ends the training."""
+EnvLike = str | EnvFactory | VectorEnv
 
-RUN_FILES = (AGENT_FILE, WEIGHTS_FILE, METRICS_FILE, TIMES_FILE)
+_MAY_CHANGE = ("output_dir", "overwrite", "resume", "progress_bar", "checkpoint_every", "keep_checkpoints", "tensorboard")
+"""Settings that do not change what a resumed run computes."""
 
 
 def train(
     config: TrainConfig,
     *,
-    env: EnvFactory | None = None,
+    env: EnvLike | None = None,
+    features: Callable[[Any], nn.Module] | None = None,
     callbacks: Sequence[Callback] = (),
     distributed: Distributed | None = None,
 ) -> Agent:
-    """Train PPO as `config` says and return the agent; with `output_dir`, also write it and its metrics there.
+    """Train as `config` says and return the agent; with `output_dir`, also write it, its metrics and checkpoints there.
 
-    env: a function that makes one environment, instead of the id in `config.env` (which then is just a name).
+    env: a function that makes one environment, or a vector environment, instead of the id in `config.env` (which then is
+    just a name). features: observation space -> module that replaces the networks' first layers.
     """
-    distributed = distributed or Distributed()
-    made_by = env or config.env
-    observations, actions = check_spaces(made_by)
-    if config.output_dir is not None and distributed.is_main:
-        check_output_dir(config.output_dir, overwrite=config.overwrite, files=RUN_FILES)
-    policy = CategoricalPolicy(
-        observations.shape, int(actions.n), hidden_sizes=config.hidden_sizes, seed=config.seed
-    ).to(distributed.device)
-    agent = Agent(
-        policy=policy,
-        env=config.env,
-        observation_shape=tuple(observations.shape),
-        num_actions=int(actions.n),
-        first_action=int(actions.start),
-        hidden_sizes=tuple(config.hidden_sizes),
-        settings=describe(config),
-    )
-    rows = distributed.share(config.num_envs)
-    envs = make_vector_env(made_by, rows=rows, seed=config.seed, autoreset=config.autoreset)
-    algorithm, state = PPO(config.ppo), PPO(config.ppo).initial_state()
-    model, optimizer = distributed.prepare(
-        policy, Adam(policy.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
-    )
-    collector = Collector(envs, policy, seed=config.seed, rows=rows, device=distributed.device)
-    log = _Log(config, distributed)
+    training = Training(config, env=env, features=features, distributed=distributed)
+    try:
+        training.run(callbacks)
+    finally:
+        training.close()
+    return training.agent
 
-    step = 0
-    while agent.environment_steps < config.total_steps:
-        progress = agent.environment_steps / config.total_steps
-        learning_rate = set_learning_rate(optimizer, config, progress)
-        rollout = collector.collect(config.rollout_steps)
-        batch = algorithm.prepare(rollout.trajectories, progress, state, distributed.all_sum)
-        batch = distributed.gather_batch(batch.flatten())
-        gap = check_ratio(batch, step)
-        metrics = update(model, algorithm, batch, optimizer, config.update, distributed, seed=config.seed, step=step)
-        agent.environment_steps += int(batch.mask.sum())
-        metrics |= {"learning_rate": learning_rate, "environment_steps": agent.environment_steps, "sampler_gap": gap}
-        metrics |= log.episodes(distributed.gather_rows(rollout.finished))
-        log.write(step, metrics)
-        step += 1
-        stops = [callback(agent, metrics) is False for callback in callbacks]  # all are called, then one may stop
-        if any(stops):
-            break
 
-    envs.close()
-    log.close()
-    if config.output_dir is not None and distributed.is_main:
-        agent.save(config.output_dir)
-    return agent
+class Training:
+    """A run that can go on: everything that a step needs or leaves behind, made once."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        env: EnvLike | None = None,
+        features: Callable[[Any], nn.Module] | None = None,
+        distributed: Distributed | None = None,
+        agent: Agent | None = None,
+    ) -> None:
+        """agent: continue with this one's policy instead of a new one."""
+        self.config, self._made_by = config, env or config.env
+        self.distributed = distributed or make_group(config)
+        device = self.distributed.device
+        rows = self.distributed.share(config.num_envs)
+        if agent is None:
+            observations, actions = self._spaces()
+            policy = ActorCritic(observations, actions, config.network, seed=config.seed, features=features)
+            agent = Agent(policy=policy, env=config.env)
+        agent.settings = describe(config)
+        agent.make_env = self._made_by if callable(self._made_by) else None  # type: ignore[assignment]
+        self.agent, self.policy = agent, agent.policy.to(device)
+        self._checkpoint: Checkpoint | None = None
+        self.directory = self._open_directory()
+        self.algorithm = PPO(config.ppo) if config.trust_region is None else TRPO(config.ppo, config.trust_region)
+        self.state = self.algorithm.initial_state()
+        self._own_optimizer = make_optimizer(config, self.policy)
+        self.model, self.optimizer = self.distributed.prepare(self.policy, self._own_optimizer)
+        self.envs = make_vector_env(self._made_by, rows=rows, seed=config.seed, options=config.environment)
+        self.collector = Collector(
+            self.envs,
+            self.policy,
+            seed=config.seed,
+            rows=rows,
+            device=device,
+            whole_episodes=config.whole_episodes,
+            masks_actions=config.environment.action_masks,
+            with_values="values" in self.algorithm.needs,
+            all_sum=self.distributed.all_sum,
+        )
+        self.reward_scale = RewardScale(len(rows), gamma=config.ppo.gamma) if config.normalize_rewards else None
+        self.updates = 0
+        self.schedule = (0, config.total_steps)  # environment steps from and to which learning rate and clip range fall
+        self.recent: deque[tuple[float, float]] = deque(maxlen=100)  # (return, length) of the last finished episodes
+        self._saved_at = 0
+        self._between_updates = True
+
+    # ---- the loop ----
+
+    def prolong(self, more: int) -> None:
+        """Let the run go on for `more` environment steps, over which learning rate and clip range fall anew."""
+        steps = self.agent.environment_steps
+        self.schedule = (steps, steps + more)
+        self.config = replace(self.config, total_steps=steps + more)
+
+    def run(self, callbacks: Sequence[Callback] = ()) -> None:
+        """Train until the planned steps are made or a callback returns False."""
+        self._restore_once()
+        config, stop = self.config, False
+        report = self.report = Report(config, self.distributed, first_update=self.updates, steps=self.agent.environment_steps)
+        try:
+            while self.agent.environment_steps < self.schedule[1] and not stop:
+                before = self.agent.environment_steps
+                metrics = self.step()
+                if self._due(config.eval_every, before):
+                    metrics |= self.evaluate()
+                self._log(metrics)
+                stop = any([callback(self.agent, metrics) is False for callback in callbacks])  # all are called
+                if self._due(config.checkpoint_every, before):
+                    self.save_checkpoint()
+            self.save()
+        except BaseException:
+            if self._between_updates and self.directory is not None and self.distributed.world_size == 1:
+                self.save_checkpoint()  # Ctrl-C or a failing callback: what is trained is not lost
+            raise
+        finally:
+            report.close()
+
+    def step(self) -> dict[str, float]:
+        """One rollout and what is learnt from it."""
+        config, distributed = self.config, self.distributed
+        start, end = self.schedule
+        progress = (self.agent.environment_steps - start) / (end - start)
+        learning_rate = set_learning_rate(self.optimizer, config, progress)
+        rollout = self.collector.collect(config.rollout_steps)
+        self._between_updates = False  # from here on, environments and weights belong to different steps
+        trajectories = rollout.trajectories
+        extra = self._rollout_metrics(trajectories)
+        if self.reward_scale is not None:
+            trajectories = replace(trajectories, rewards=self.reward_scale(trajectories, distributed.all_sum))
+        batch = self.algorithm.prepare(trajectories, progress, self.state, distributed.all_sum)
+        batch = distributed.gather_batch(batch).flatten()
+        if config.whole_episodes:
+            batch = batch.select(batch.mask.squeeze(1))
+        if not config.whole_episodes or self.updates == 0:  # carried steps were sampled by older weights
+            extra["sampler_gap"] = check_ratio(batch, self.updates)
+        metrics = extra | update(
+            self.model,
+            self.algorithm,
+            batch,
+            self.optimizer,
+            config.update,
+            distributed,
+            seed=config.seed,
+            step=self.updates,
+            state=self.state,
+        )
+        if self.policy.normalizer is not None:
+            observations = rollout.trajectories.inputs["observations"]
+            self.policy.normalizer.update(observations, trajectories.mask, distributed.all_sum)
+        self._count(rollout)
+        return metrics | {
+            "learning_rate": learning_rate,
+            "environment_steps": self.agent.environment_steps,
+            **self._episodes(),
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        """Returns of the greedy policy."""
+        config = self.config
+        result = evaluate(self.agent, episodes=config.eval_episodes, seed=config.seed)
+        return {"eval/episode_return": result.mean, "eval/episode_return_std": result.std}
+
+    def _rollout_metrics(self, trajectories: Trajectories) -> dict[str, float]:
+        """How random the policy still is, from the distributions it acted by."""
+        assert trajectories.old_distribution is not None
+        entropy = self.policy.family.entropy(trajectories.old_distribution)
+        metrics = {"entropy": masked_mean(entropy, trajectories.mask, self.distributed.all_sum).item()}
+        if self.policy.log_std is not None:
+            metrics["action_std"] = self.policy.log_std.detach().exp().mean().item()
+        return metrics
+
+    def _count(self, rollout: Rollout) -> None:
+        made = self.distributed.all_sum(torch.tensor(float(rollout.num_steps), dtype=torch.float64))
+        self.agent.environment_steps += int(made)
+        self.updates += 1
+        by_time = self.distributed.gather_rows(rollout.finished).transpose(0, 1).flatten(0, 1)
+        self.recent.extend((value, length) for value, length in by_time[by_time[:, 1] > 0].tolist())
+        self.agent.recent_returns = [value for value, _ in self.recent]
+
+    def _episodes(self) -> dict[str, float]:
+        """Means over the last 100 episodes, in the order in which they ended."""
+        if not self.recent:
+            return {}
+        returns, lengths = zip(*self.recent, strict=True)
+        return {"episode_return": fmean(returns), "episode_length": fmean(lengths)}
+
+    def _due(self, every: int | None, before: int) -> bool:
+        """Whether the last update passed a multiple of `every` steps."""
+        return every is not None and self.agent.environment_steps // every > before // every
+
+    # ---- starting, saving, telling ----
+
+    def _spaces(self) -> tuple[Any, Any]:
+        made_by = self._made_by
+        if isinstance(made_by, str) or callable(made_by):
+            return check_environment(made_by, self.config.environment)
+        probe = make_vector_env(made_by, rows=range(self.config.num_envs), seed=self.config.seed)
+        return probe.single_observation_space, probe.single_action_space
+
+    def _open_directory(self) -> RunDirectory | None:
+        """Claimed before anything is computed: a refused folder costs nothing."""
+        config = self.config
+        if config.output_dir is None:
+            return None
+        directory = RunDirectory(
+            config.output_dir,
+            is_main=self.distributed.is_main,
+            barrier=self.distributed.barrier,
+            keep=config.keep_checkpoints,
+        )
+        self._checkpoint = directory.open(resume=config.resume, overwrite=config.overwrite)
+        return directory
+
+    def _restore_once(self) -> None:
+        """Continue from the checkpoint that the directory was opened with, if there is one."""
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        self.report.step(self.updates - 1, metrics)
+        self._between_updates = True
+
+    def save(self) -> None:
+        """The agent in output_dir, and a checkpoint from which `resume` can go on (with a larger total_steps, say)."""
+        if self.directory is None:
+            return
+        if self._saved_at < self.updates:
+            self.save_checkpoint()
+        if self.distributed.is_main:
+            self.agent.save(self.directory.path)
+        self.distributed.barrier()
+
+    def save_checkpoint(self) -> None:
+        """Everything that the updates so far left behind; random draws leave nothing."""
+        if self.directory is None or self._saved_at == self.updates:
+            return
+        self.report.sync()
+        rows = self.distributed.gather_objects([row_states(self.collector, self.reward_scale)])
+        row_tensors, row_numbers = to_checkpoint({row: state for part in rows for row, state in part.items()})
+        tensors, optimizer_state = optimizer_tensors(self._own_optimizer, self.policy.named_parameters())
+        self.directory.save(
+            self.updates,
+            {"policy": dict(self.policy.state_dict()), "optimizer": tensors, "rows": row_tensors},
+            {
+                "algorithm": self.state,
+                "optimizer": optimizer_state,
+                "rows": row_numbers,
+                "reward_moments": None if self.reward_scale is None else self.reward_scale.moments.tolist(),
+                "environment_steps": self.agent.environment_steps,
+                "schedule": list(self.schedule),
+                "recent": [list(pair) for pair in self.recent],
+            },
+            config=self._description(),
+        )
+        self._saved_at = self.updates
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        must_match = set(self._description()) - {"total_steps"}
+        notes = check_resumable(checkpoint.config, self._description(), must_match=must_match)
+        state = checkpoint.state
+        self.policy.load_state_dict(checkpoint.tensors("policy"))
+        load_optimizer_tensors(
+            self._own_optimizer, self.policy.named_parameters(), checkpoint.tensors("optimizer"), state["optimizer"]
+        )
+        self.state, self.updates = state["algorithm"], checkpoint.step
+        self._saved_at = self.updates
+        self.agent.environment_steps = state["environment_steps"]
+        start, end = state["schedule"]
+        self.schedule = (start, max(end, self.config.total_steps))
+        self.recent.extend((value, length) for value, length in state["recent"])
+        if self.reward_scale is not None:
+            self.reward_scale.moments = torch.tensor(state["reward_moments"], dtype=torch.float64)
+        rows = from_checkpoint(checkpoint.tensors("rows"), state["rows"])
+        restarted = restore_rows(self.collector, self.reward_scale, rows)
+        self._say(f"resumed from {checkpoint.path}", *[f"changed since: {note}" for note in notes])
+        if restarted:
+            self._say(
+                f"the environments {restarted} ({self.config.env}) do not replay their episodes, so they start new ones: "
+                "this run is not the one that was interrupted, to the bit"
+            )
+
+    def _description(self) -> dict[str, Any]:
+        return {name: value for name, value in describe(self.config).items() if name not in _MAY_CHANGE}
+
+    def _say(self, *lines: str) -> None:
+        if self.distributed.is_main:
+            for line in lines:
+                print(f"gym_baselines: {line}")
+
+    def close(self) -> None:
+        self.envs.close()
+        if self.directory is not None:
+            self.directory.close()
+        self.distributed.close()
+
+
+def make_group(config: TrainConfig) -> Distributed:
+    tracker = "tensorboard" if config.tensorboard else None
+    return Distributed(cpu=config.device == "cpu", tracker=tracker, tracker_dir=config.output_dir)
+
+
+def make_optimizer(config: TrainConfig, policy: nn.Module) -> Optimizer:
+    """Adam or RMSprop over all parameters; TRPO's policy parameters never get a gradient from it."""
+    if config.optimizer == "rmsprop":
+        return RMSprop(policy.parameters(), lr=config.learning_rate, alpha=0.99, eps=config.optimizer_eps)
+    return Adam(policy.parameters(), lr=config.learning_rate, eps=config.optimizer_eps, fused=True)
 
 
 def set_learning_rate(optimizer: Optimizer, config: TrainConfig, progress: float) -> float:
@@ -113,45 +354,4 @@ def check_ratio(batch: TrainingBatch, step: int) -> float:
     return gap
 
 
-class _Log:
-    """What the main process tells the user: the progress bar and the metrics files. Other processes only count."""
-
-    def __init__(self, config: TrainConfig, distributed: Distributed) -> None:
-        self.recent_returns: deque[float] = deque(maxlen=100)
-        self.recent_lengths: deque[float] = deque(maxlen=100)
-        self._start = time.perf_counter()
-        write = config.output_dir is not None and distributed.is_main
-        self._writer = MetricsWriter(config.output_dir) if write else None  # type: ignore[arg-type]
-        self._bar = tqdm(
-            total=config.total_steps,
-            unit=" steps",
-            desc=config.env,
-            disable=not (config.progress_bar and distributed.is_main),
-        )
-
-    def episodes(self, finished: Tensor) -> dict[str, float]:
-        """Means over the last 100 episodes, in the order in which they ended. finished: (rows, time, 2), all processes'."""
-        by_time = finished.transpose(0, 1).flatten(0, 1)
-        for episode_return, length in by_time[by_time[:, 1] > 0].tolist():
-            self.recent_returns.append(episode_return)
-            self.recent_lengths.append(length)
-        if not self.recent_returns:
-            return {}
-        return {"episode_return": fmean(self.recent_returns), "episode_length": fmean(self.recent_lengths)}
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._bar.update(int(metrics["environment_steps"]) - self._bar.n)
-        if "episode_return" in metrics:
-            self._bar.set_postfix_str(
-                f"mean return of {len(self.recent_returns)} episodes {metrics['episode_return']:.1f}"
-            )
-        if self._writer is not None:
-            self._writer.write(step, metrics, {"seconds": time.perf_counter() - self._start})
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
-
-
-__all__: Sequence[str] = ["Callback", "train"]
+__all__: Sequence[str] = ["Callback", "Training", "train"]

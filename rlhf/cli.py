@@ -58,7 +58,7 @@ def parse(
 ) -> T:
     """A `config_class` from `argv` (default: the command line); InputError names setting, value and remedy.
 
-    defaults: dotted name -> value, instead of the class's own.
+    defaults: values (nested, or under dotted names) instead of the class's own.
     """
     files, overrides = _split(sys.argv[1:] if argv is None else argv)
     hints = dict(_settings(config_class))
@@ -70,7 +70,7 @@ def parse(
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below; may be repeated")
     parser.add_class_arguments(config_class)
-    parser.set_defaults(dict(defaults or {}))
+    parser.set_defaults(dict(_defaults(defaults or {}, hints)))
     try:
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *overrides])  # left to right
         del namespace["config"]
@@ -83,7 +83,23 @@ def parse(
         raise InputError(_in_plain_words(str(error), hints)) from error
 
 
+def from_plain(config_class: type[T], settings: Mapping[str, Any]) -> T:
+    """A `config_class` from what `dataclasses.asdict` made of one, also by way of JSON; checked like a command line."""
+    return parse(config_class, [], defaults=settings)
+
+
 # --- what settings there are ---
+
+
+def _defaults(values: Mapping[str, Any], hints: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """As jsonargparse wants them: members of a group under dotted names, those of a group that may be null together."""
+    for name, value in values.items():
+        if prefix + name not in hints:
+            raise InputError(f"There is no setting {prefix + name}. {_suggest(prefix + name, list(hints))}")
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[prefix + name]):
+            yield from _defaults(value, hints, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _settings(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,14 +23,15 @@ class Distributed:
     def __init__(
         self,
         *,
+        cpu: bool = False,
         precision: Literal["float32", "bfloat16"] = "float32",
         tracker: str | None = None,
         tracker_dir: str | None = None,
     ) -> None:
-        """precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a name Accelerate knows."""
+        """cpu: leave a GPU alone. precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a name Accelerate knows."""
         try:
             self.accelerator = Accelerator(
-                cpu=not torch.cuda.is_available(),  # draws need float64, which Apple's GPUs lack
+                cpu=cpu or not torch.cuda.is_available(),  # draws need float64, which Apple's GPUs lack
                 mixed_precision="bf16" if precision == "bfloat16" else "no",
                 log_with=tracker,
                 project_dir=tracker_dir,

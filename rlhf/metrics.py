@@ -48,6 +48,11 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "penalty_coef": ("coefficient of PPO-Penalty in this step", "1", "runs away: penalty_target is out of reach"),
     "clip_fraction_low": ("share of tokens clipped at the lower bound (advantage < 0)", "share", "above 0.3"),
     "clip_fraction_high": ("share of tokens clipped at the upper bound (advantage > 0)", "share", "above 0.3"),
+    "trust_region_kl": ("TRPO: exact KL(old || policy) of the accepted step; 0 if none", "nats", "far below max_kl"),
+    "line_search_steps": ("TRPO: how often the step was shortened", "steps", "near the limit backtracks"),
+    "line_search_accepted": ("TRPO: 1 if a step was taken, 0 if the policy stayed as it was", "share", "often 0"),
+    "surrogate_gain": ("TRPO: rise of mean(ratio * advantage) by the accepted step; 0 if none", "1", "always near 0"),
+    "cg_residual": ("TRPO: |H s - g| / |g| of conjugate gradient's solution s", "1", "above 0.5: raise cg_iterations"),
     "explained_variance": ("1 - Var(returns - values) / Var(returns)", "1", "below 0 after the first steps"),
     "grad_norm": ("global gradient norm before clipping", "1", "spikes, or always above max_grad_norm"),
     "learning_rate": ("learning rate of this step", "1"),
@@ -62,6 +67,8 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "truncated_fraction": ("share of completions cut by the length limit", "share", "above 0.3"),
     "sampler_gap": ("largest |sampling - training log-prob| of the step's tokens", "nats", "above 1e-4 in float32"),
     "episode_return": ("mean undiscounted return of the last 100 finished episodes", "reward"),
+    "episode_return_std": ("standard deviation of the evaluation's episode returns", "reward"),
+    "action_std": ("mean standard deviation of the Gaussian policy", "action units", "grows, or falls to 0 early"),
     "episode_length": ("mean length of the last 100 finished episodes", "steps"),
 }
 TABLE = {name: Metric(*row) for name, row in _ROWS.items()}

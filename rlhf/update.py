@@ -28,8 +28,8 @@ class UpdateConfig:
 
     num_epochs: int = 4
     """Passes over each batch."""
-    minibatch_size: int = 64
-    """Rows (completions; transitions on control tasks) per optimizer step."""
+    minibatch_size: int | None = 64
+    """Rows (completions; transitions on control tasks) per optimizer step; all of them if null."""
     microbatch_tokens: int = 16_384
     """About how many tokens one process holds in memory at once: changes memory and speed, results only by rounding."""
     max_grad_norm: float = 1.0
@@ -39,8 +39,9 @@ class UpdateConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "minibatch_size", "microbatch_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
         if not self.max_grad_norm > 0 or (self.target_kl is not None and not self.target_kl > 0):
             raise InputError("max_grad_norm and target_kl must be above 0; use target_kl null for no stop.")
 
@@ -97,7 +98,7 @@ def _epochs(
     batch: TrainingBatch, whiten_advantages: bool, config: UpdateConfig, seed: int, step: int
 ) -> Iterator[Iterator[TrainingBatch]]:
     """The minibatches of each epoch, in an order that (seed, step, epoch) decides."""
-    if config.minibatch_size >= batch.rows:  # each is the whole batch: made once, its order does not matter
+    if config.minibatch_size is None or config.minibatch_size >= batch.rows:  # each is the whole batch: made once, its order does not matter
         whole = _minibatch(batch, whiten_advantages)
         yield from (iter([whole]) for _ in range(config.num_epochs))
         return

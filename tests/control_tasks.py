@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gym_baselines.agent import Agent
 from gym_baselines.config import TrainConfig
+from gym_baselines.networks import NetworkConfig
 from gym_baselines.train import train
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.update import UpdateConfig
@@ -150,7 +151,7 @@ def run(env: Callable[[], Table], updates: int, *, ppo: dict[str, Any] | None = 
         total_steps=updates * num_envs * rollout_steps,
         num_envs=num_envs,
         rollout_steps=rollout_steps,
-        hidden_sizes=(),
+        network=NetworkConfig(hidden_sizes=()),
         progress_bar=False,
         ppo=replace(
             PPOConfig(kl_coef=0.0, gamma=GAMMA, gae_lambda=1.0, value_coef=1.0, value_clip_range=None), **(ppo or {})

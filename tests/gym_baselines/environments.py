@@ -8,6 +8,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from gym_baselines.collect import Collector
 from gym_baselines.environments import make_vector_env
+from rlhf.core.distributions import Categorical
 from rlhf.types import PolicyOutputs
 
 
@@ -37,9 +38,10 @@ class Oracle:
     """Acts at random and knows the value of every state."""
 
     dtype = torch.float64
+    family = Categorical(2)
 
     def __init__(self, value):
-        self.value = value  # time (tensor) -> V
+        self.value = value  # time (tensor), or whole observations if they are longer, -> V
 
     def __call__(self, inputs, actions, with_values, with_entropy):
         return PolicyOutputs(
@@ -47,11 +49,14 @@ class Oracle:
             values=self.values(inputs["observations"]).unsqueeze(1),
         )
 
-    def sample(self, observations, draws):
-        return (draws >= 0.5).long(), torch.full_like(draws, 0.5).log()
+    def sample(self, observations, draws, action_mask=None):
+        return (draws[:, 0] >= 0.5).long(), torch.full_like(draws[:, 0], 0.5).log()
+
+    def env_actions(self, actions):
+        return actions.numpy()
 
     def values(self, observations):
-        return self.value(observations[:, 0])
+        return self.value(observations[:, 0] if observations.shape[1] == 1 else observations)
 
 
 class Identity(gym.Env):

@@ -3,18 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import SyncVectorEnv
 
 from gym_baselines.collect import Collector
 from gym_baselines.environments import EVALUATION, make_env, make_vector_env
-from gym_baselines.networks import CategoricalPolicy
+from gym_baselines.networks import ActorCritic, NetworkConfig
 from rlhf.errors import InputError, TrainingError
 from tests.gym_baselines.environments import Clock, Oracle, clocks, transitions
 
 
 def cartpole(rows, autoreset="next_step", seed=0):
-    policy = CategoricalPolicy((4,), 2).double()
     envs = make_vector_env("CartPole-v1", rows=rows, seed=seed, autoreset=autoreset)
+    policy = ActorCritic(envs.single_observation_space, envs.single_action_space).double()
     return Collector(envs, policy, seed=seed, rows=rows)
 
 
@@ -42,13 +43,14 @@ def test_a_rollout_continues_where_the_last_one_stopped():
         assert np.allclose(transitions(whole, row), transitions(pieces, row), rtol=0, atol=1e-12)
 
 
-def test_both_autoreset_modes_play_the_same_cartpole():
+@pytest.mark.parametrize("mode", ["same_step", "disabled"])
+def test_every_autoreset_mode_plays_the_same_cartpole(mode):
     """A real, stochastic policy: start states and actions depend on (seed, row, episode, step) only."""
-    next_step, same_step = ([cartpole(range(4), mode).collect(200).trajectories] for mode in ("next_step", "same_step"))
+    next_step, other = ([cartpole(range(4), mode).collect(200).trajectories] for mode in ("next_step", mode))
     for row in range(4):
         real = transitions(next_step, row)
         assert 150 < len(real) < 200
-        assert np.allclose(real, transitions(same_step, row)[: len(real)], rtol=0, atol=1e-12)
+        assert np.allclose(real, transitions(other, row)[: len(real)], rtol=0, atol=1e-12)
 
 
 def test_an_environment_does_not_depend_on_the_others_in_its_process():
@@ -72,7 +74,7 @@ def test_rows_episodes_and_seeds_start_differently_and_evaluation_differs_from_t
 
 def test_finished_episodes_report_their_return_and_length():
     """Reward t at time t, limit 4: return 0 + 1 + 2 + 3 = 6, also for an episode that spans two rollouts."""
-    for mode in ("next_step", "same_step"):
+    for mode in ("next_step", "same_step", "disabled"):
         collector = Collector(clocks(lambda: Clock(float, limit=4), mode), Oracle(lambda t: t), seed=0)
         finished = torch.cat([collector.collect(length).finished for length in (3, 9)], dim=1)
         ended = finished[finished[..., 1] > 0]
@@ -80,13 +82,17 @@ def test_finished_episodes_report_their_return_and_length():
         assert (ended == torch.tensor([6.0, 4.0])).all()
 
 
+def one_number_and(choices):
+    return ActorCritic(Box(-1, 1, (1,)), Discrete(choices), NetworkConfig(hidden_sizes=()))
+
+
 def test_actions_have_the_policys_probabilities():
     """40 000 draws of a policy with probabilities 0.1, 0.2, 0.7: within five standard errors."""
-    policy = CategoricalPolicy((1,), 3)
+    policy = one_number_and(3)
     with torch.no_grad():
         policy.policy_net[-1].weight.zero_()
         policy.policy_net[-1].bias.copy_(torch.tensor([0.1, 0.2, 0.7]).log())
-        actions, logprobs = policy.sample(torch.zeros(40_000, 1), torch.rand(40_000, dtype=torch.float64))
+        actions, logprobs = policy.sample(torch.zeros(40_000, 1), torch.rand(40_000, 1, dtype=torch.float64))
     shares = torch.bincount(actions, minlength=3) / 40_000
     assert (shares - torch.tensor([0.1, 0.2, 0.7])).abs().max() < 5 * 0.5 / 200
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.2, 0.7])[actions])
@@ -94,11 +100,11 @@ def test_actions_have_the_policys_probabilities():
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
 def test_an_action_of_probability_zero_is_never_drawn(draw):
-    policy = CategoricalPolicy((1,), 4)
+    policy = one_number_and(4)
     with torch.no_grad():
         policy.policy_net[-1].weight.zero_()
         policy.policy_net[-1].bias.copy_(torch.tensor([-1e9, 0.0, 0.0, -1e9]))
-        actions, _ = policy.sample(torch.zeros(1, 1), torch.tensor([draw], dtype=torch.float64))
+        actions, _ = policy.sample(torch.zeros(1, 1), torch.tensor([[draw]], dtype=torch.float64))
     assert actions.item() in (1, 2)
 
 
@@ -106,19 +112,19 @@ def test_actions_that_do_not_start_at_zero_reach_the_environment_as_they_are():
     class FromFive(Clock):
         def __init__(self):
             super().__init__()
-            from gymnasium.spaces import Discrete
-
             self.action_space = Discrete(2, start=5)
 
         def step(self, action):
             assert action in (5, 6)
             return super().step(action)
 
-    played = Collector(clocks(FromFive, "next_step"), Oracle(lambda t: t), seed=0).collect(20).trajectories
+    envs = clocks(FromFive, "next_step")
+    policy = ActorCritic(envs.single_observation_space, envs.single_action_space)
+    played = Collector(envs, policy, seed=0).collect(20).trajectories
     assert set(played.actions.unique().tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("mode", [AutoresetMode.DISABLED, None, "Eventually"])
+@pytest.mark.parametrize("mode", ["disabled", None, "Eventually"])
 def test_an_autoreset_mode_that_is_not_known_is_refused_by_name(mode):
     envs = SyncVectorEnv([Clock])
     envs.metadata["autoreset_mode"] = mode

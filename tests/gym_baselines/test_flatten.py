@@ -7,7 +7,7 @@ import torch
 
 from gym_baselines.collect import Collector
 from gym_baselines.environments import make_vector_env
-from gym_baselines.networks import CategoricalPolicy
+from gym_baselines.networks import ActorCritic
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.masking import local_sum
 from rlhf.core.random import MINIBATCH, permutation
@@ -18,9 +18,10 @@ from rlhf.update import UpdateConfig, update
 @pytest.fixture
 def prepared():
     """A PPO batch of 3 CartPoles (global rows 4, 5, 6) and 40 steps, ghosts included; its policy and algorithm."""
-    policy = CategoricalPolicy((4,), 2).double()
     rows = range(4, 7)
-    collector = Collector(make_vector_env("CartPole-v1", rows=rows, seed=0), policy, seed=0, rows=rows)
+    envs = make_vector_env("CartPole-v1", rows=rows, seed=0)
+    policy = ActorCritic(envs.single_observation_space, envs.single_action_space).double()
+    collector = Collector(envs, policy, seed=0, rows=rows)
     ppo = PPO(PPOConfig(kl_coef=0.0, gamma=0.98, entropy_coef=0.01, normalize_advantages="minibatch"))
     batch = ppo.prepare(collector.collect(40).trajectories, 0.0, ppo.initial_state(), local_sum)
     assert (~batch.mask).any()

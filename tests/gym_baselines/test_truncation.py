@@ -4,6 +4,7 @@ Learning curves cannot show this (CartPole is learnt with every one of the mista
 depend on time alone, the true V is a geometric sum, and an advantage that is not 0 is a mistake of the collector or of GAE.
 """
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch
 from gymnasium.vector import VectorWrapper
 
 from gym_baselines.collect import Collector
+from gym_baselines.vector import as_vector_env
 from rlhf.core.advantages import gae
 from tests.broken import gae_counts_what_is_masked, gae_ignores_episode_ends, gae_takes_truncation_for_termination
 from tests.controls import refute
 from tests.gym_baselines.environments import Clock, Oracle, clocks, rollouts, transitions
 
 GAMMA, LAMBDA = 0.9, 0.95
-MODES = ["next_step", "same_step"]
+MODES = ["next_step", "same_step", "disabled"]
 HORIZONS = [2, 5]
 # The borders of these rollouts fall on ends of episodes, on ghost steps, and in the middle of episodes.
 LENGTHS = (5, 1, 1, 7, 12, 3, 4, 6)
@@ -71,6 +73,7 @@ def test_with_the_exact_value_function_every_advantage_at_a_time_limit_is_zero(m
     [
         (gae_takes_truncation_for_termination, "next_step"),
         (gae_takes_truncation_for_termination, "same_step"),
+        (gae_takes_truncation_for_termination, "disabled"),
         (gae_counts_what_is_masked, "next_step"),  # same_step has nothing to mask
     ],
 )
@@ -122,12 +125,12 @@ def test_the_advantages_notice_the_value_of_the_reset_observation_in_next_step(h
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
-def test_both_autoreset_modes_give_the_same_transitions(horizon):
-    next_step, same_step = (late_rollouts(mode, horizon) for mode in MODES)
-    for row in range(2):
+def test_all_autoreset_modes_give_the_same_transitions(horizon):
+    next_step, *others = (late_rollouts(mode, horizon) for mode in MODES)
+    for row, other in itertools.product(range(2), others):
         real = transitions(next_step, row)
         assert len(real) > 20
-        assert real == transitions(same_step, row)[: len(real)]
+        assert real == transitions(other, row)[: len(real)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -161,3 +164,66 @@ def test_nothing_is_bootstrapped_after_a_termination(mode, limit):
     played = rollouts(lambda: Clock(death=4, limit=limit), value, mode, lengths=LENGTHS)
     assert max(largest_advantage(trajectories) for trajectories in played) < 1e-10
     assert all((trajectories.terminated == trajectories.episode_ends).all() for trajectories in played)
+
+
+# --- EnvPool, whose environments are written in C++ ---
+
+
+def bumpy(observations):
+    """A value that differs in every state, so that V of a wrong observation shows."""
+    return torch.sin(7 * observations[:, 0]) + 3 * observations[:, 1] - 5 * observations[:, 2] ** 2 + observations[:, 3]
+
+
+def pool(horizon):
+    envpool = pytest.importorskip("envpool")
+    envs = envpool.make("CartPole-v1", env_type="gymnasium", num_envs=3, seed=5, max_episode_steps=horizon)
+    return as_vector_env(envs)
+
+
+def summed_advantages(envs, actions, value):
+    """A_t = sum over the rest of the episode of (gamma lambda)^l delta_(t+l), from the environment's own answers.
+
+    O(T^2) and straight from the definition; None at the steps that only reset.
+    """
+    observations, after, rewards, ends, real = [envs.reset()[0].copy()], [], [], [], []
+    coming_ghost = np.zeros(3, dtype=bool)
+    for action in actions:
+        observation, reward, terminated, truncated, _ = envs.step(action)
+        assert not terminated.any()  # so short an episode is always cut, never over
+        real.append(~coming_ghost)
+        coming_ghost = truncated
+        after.append(observation.copy())
+        observations.append(observation.copy())
+        rewards.append(reward)
+        ends.append(truncated)
+
+    def v(observation):
+        return value(torch.from_numpy(observation).double()).numpy()
+
+    deltas = [r + GAMMA * v(n) - v(o) for r, n, o in zip(rewards, after, observations[:-1], strict=True)]
+    table = np.full((3, len(actions)), np.nan)
+    for row, t in itertools.product(range(3), range(len(actions))):
+        if not real[t][row]:
+            continue
+        table[row, t] = 0.0
+        for later in range(t, len(actions)):
+            table[row, t] += (GAMMA * LAMBDA) ** (later - t) * deltas[later][row]
+            if ends[later][row]:
+                break
+    return table
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+def test_advantages_of_envpools_cartpole_equal_the_sum_by_definition(horizon):
+    played = Collector(pool(horizon), Oracle(bumpy), seed=0).collect(23).trajectories
+    wanted = summed_advantages(pool(horizon), played.actions.t().numpy(), bumpy)
+    assert (np.isnan(wanted) == ~played.mask.numpy()).all()
+    assert np.isnan(wanted).any()
+
+    def check(estimator):
+        np.testing.assert_allclose(all_advantages(played, estimator), np.nan_to_num(wanted), atol=1e-10)
+
+    check(gae)
+    refute(check, gae_takes_truncation_for_termination)
+    refute(check, gae_ignores_episode_ends)
+    refute(check, gae_counts_what_is_masked)

@@ -1,0 +1,158 @@
+"""The algorithms as classes, for use from Python.
+
+    from gym_baselines import PPO, evaluate
+    agent = PPO("CartPole-v1", n_envs=8, seed=0, learning_rate=3e-4).learn(100_000)
+    mean, std = evaluate(agent, episodes=100)
+    agent.save("cartpole");  action = PPO.load("cartpole").predict(observation)
+
+A class is a set of default settings and nothing else: what is computed is decided by the settings.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from torch import nn
+
+from gym_baselines.agent import Agent
+from gym_baselines.config import TrainConfig, with_settings
+from gym_baselines.networks import ActorCritic
+from gym_baselines.presets import preset
+from gym_baselines.train import Callback, EnvLike, Training
+from rlhf.cli import from_plain
+from rlhf.errors import InputError
+
+
+class Learner:
+    """An agent that learns. Use one of the subclasses."""
+
+    algorithm: ClassVar[str]
+
+    def __init__(
+        self, env: EnvLike = "CartPole-v1", *, features: Callable[[Any], nn.Module] | None = None, **settings: Any
+    ) -> None:
+        """env: a Gymnasium id, a function that makes one environment, or a vector environment.
+
+        settings: any setting of TrainConfig and its groups by its name (learning_rate, clip_range, hidden_sizes, ...), or
+        by Stable-Baselines3's where it means the same (n_envs, n_steps, batch_size, ...). What is not given comes from the
+        preset of the environment, if it has one. features: observation space -> module that makes features of
+        observations, in place of the networks' hidden layers.
+        """
+        name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
+        if not isinstance(env, str) and not callable(env):
+            settings.setdefault("num_envs", getattr(env, "num_envs", 1))
+        self.config = preset(name, self.algorithm, **settings)
+        self._env, self._features = env, features
+        self._training: Training | None = None
+        self.agent: Agent | None = None
+
+    def learn(
+        self,
+        total_steps: int | None = None,
+        *,
+        callbacks: Sequence[Callback] | Callback = (),
+        progress_bar: bool | None = None,
+    ) -> Self:
+        """Train for `total_steps` more environment steps (the preset's number if None), and return self.
+
+        Called again, it goes on where it stopped; the learning rate then falls over the new steps. With output_dir and
+        resume=True, the first call continues an interrupted one instead, exactly.
+        """
+        if progress_bar is not None:
+            self.config = with_settings(self.config, progress_bar=progress_bar)
+        steps = self.config.total_steps if total_steps is None else total_steps
+        if steps < 1:
+            raise InputError(f"total_steps must be at least 1, got {steps}.")
+        if self._training is None:
+            self.config = with_settings(self.config, total_steps=steps)
+            self._training = Training(self.config, env=self._env, features=self._features, agent=self.agent)
+            self.agent = self._training.agent
+        else:
+            self._training.prolong(steps)
+        self._training.run([callbacks] if callable(callbacks) else callbacks)
+        return self
+
+    @property
+    def policy(self) -> ActorCritic:
+        return self._trained().policy
+
+    @property
+    def num_timesteps(self) -> int:
+        """Environment steps made so far."""
+        return 0 if self.agent is None else self.agent.environment_steps
+
+    def predict(self, observation: np.ndarray, *, deterministic: bool = True, **options: Any) -> np.ndarray:
+        """The action for one observation, or those for a batch of them; see Agent.predict."""
+        return self._trained().predict(observation, deterministic=deterministic, **options)
+
+    def save(self, directory: str | Path) -> None:
+        """Weights (safetensors), settings and normaliser statistics; see Agent.save."""
+        self._trained().save(directory)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        env: EnvLike | None = None,
+        features: Callable[[Any], nn.Module] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """What `save` or a run's output_dir holds, ready to predict or to learn on (with a new optimizer).
+
+        InputError if it is damaged, foreign, or another algorithm's.
+        """
+        agent = Agent.load(directory, features=features)
+        saved = from_plain(TrainConfig, agent.settings)
+        if saved.algorithm != cls.algorithm:
+            raise InputError(
+                f"{directory} was trained by {saved.algorithm}, not by {cls.algorithm}: load it with the class of that "
+                "name, or with Agent.load to use it only."
+            )
+        learner = cls.__new__(cls)
+        learner.config = with_settings(saved, **settings)
+        learner._env, learner._features = env or agent.env, features
+        learner._training, learner.agent = None, agent
+        return learner
+
+    def close(self) -> None:
+        """Close the environments; the agent can still predict."""
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+
+    def _trained(self) -> Agent:
+        if self.agent is None:
+            raise InputError("There is no policy yet: call learn first, or load one.")
+        return self.agent
+
+
+class PPO(Learner):
+    """Proximal policy optimisation, clipped; with penalty_coef and surrogate="unclipped", PPO-Penalty."""
+
+    algorithm = "ppo"
+
+
+class PPOPenalty(Learner):
+    """PPO with an adaptive penalty on KL(old || policy) in place of the clip."""
+
+    algorithm = "ppo_penalty"
+
+
+class A2C(Learner):
+    """Advantage actor-critic, synchronous: PPO with one epoch over the whole rollout."""
+
+    algorithm = "a2c"
+
+
+class Reinforce(Learner):
+    """REINFORCE on whole episodes, with a learnt baseline or (baseline="none") without."""
+
+    algorithm = "reinforce"
+
+
+class TRPO(Learner):
+    """Trust region policy optimisation."""
+
+    algorithm = "trpo"

@@ -1,0 +1,161 @@
+"""GAE's lambda between one step (0) and the whole return (1): what it does to learning on a task of hundreds of steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gym_baselines.figures.curves import evaluation_points
+from gym_baselines.figures.settings import TrainedFigureConfig
+from gym_baselines.figures.style import COLOURS, at_grid, common_grid, new_figure, seeds_text, steps_text, tidy
+from gym_baselines.jobs import Job
+from rlhf.errors import InputError
+
+JUDGED = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainedFigureConfig):
+    """PPO on LunarLander with several lambdas: the last 20 episodes of training."""
+
+    env: str = "LunarLander-v3"
+    """Gymnasium id."""
+    lambdas: tuple[float, ...] = (0.0, 0.5, 0.9, 0.95, 1.0)
+    """Values of gae_lambda."""
+    total_steps: int = 200_000
+    """Environment steps of every run."""
+    eval_every: int = 20_000
+    """Environment steps between two evaluations."""
+    num_envs: int = 8
+    """Environments played side by side."""
+    rollout_steps: int = 256
+    """Steps of each between two updates: small, so that 200k steps are about a hundred updates (the preset, which is made
+    for a million steps, would make 12)."""
+    minibatch_size: int = 128
+    """Transitions of each gradient step."""
+    num_epochs: int = 6
+    """Epochs over each rollout."""
+    learning_rate: float = 1e-3
+    """Adam's, falling to 0 over the run."""
+    gamma: float = 0.99
+    """Discount per step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lambdas or any(not 0 <= value <= 1 for value in self.lambdas):
+            raise InputError(f"lambdas must lie between 0 and 1, got {list(self.lambdas)}.")
+
+
+def jobs(config: Config) -> list[Job]:
+    changes = {
+        "num_envs": config.num_envs,
+        "rollout_steps": config.rollout_steps,
+        "minibatch_size": config.minibatch_size,
+        "num_epochs": config.num_epochs,
+        "learning_rate": config.learning_rate,
+        "lr_schedule": "linear",
+        "gamma": config.gamma,
+    }
+    return [
+        Job(
+            f"lambda{value:g}-seed{seed}",
+            config.spec(config.env, "ppo", seed, changes=changes | {"gae_lambda": value}, measure_kl=False),
+        )
+        for seed in range(config.seeds)
+        for value in sorted(config.lambdas)
+    ]
+
+
+def numbers(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Per lambda: the last training episodes' returns of each seed, their mean and deviation, and learning curves."""
+    rows = []
+    for value in sorted(config.lambdas):
+        runs = [results[f"lambda{value:g}-seed{seed}"] for seed in range(config.seeds)]
+        last = [run["last_returns"] for run in runs]
+        together = np.concatenate(last)
+        rows.append(
+            {
+                "lambda": value,
+                "last_returns": last,
+                "mean": float(together.mean()),
+                "std": float(together.std()),
+                "mean_by_seed": [float(np.mean(returns)) for returns in last],
+                "curves": [evaluation_points(run) for run in runs],
+            }
+        )
+    return {
+        "env": config.env,
+        "seeds": config.seeds,
+        "total_steps": config.total_steps,
+        "eval_every": config.eval_every,
+        "eval_episodes": config.eval_episodes,
+        "episodes": min(len(returns) for row in rows for returns in row["last_returns"]),
+        "rows": rows,
+    }
+
+
+def draw(numbers: Mapping[str, Any]) -> Any:
+    figure = new_figure(10.5, 4.4)
+    bars, curves = figure.subplots(1, 2)
+    rows, labels = numbers["rows"], [f"{row['lambda']:g}" for row in numbers["rows"]]
+    for place, (row, colour) in enumerate(zip(rows, COLOURS * 2, strict=False)):
+        bars.errorbar(place, row["mean"], row["std"], color=colour, marker="s", markersize=7, capsize=5, linewidth=1.6)
+        offsets = np.linspace(-0.12, 0.12, len(row["mean_by_seed"])) if len(row["mean_by_seed"]) > 1 else [0.12]
+        bars.scatter(place + 0.25 + offsets, row["mean_by_seed"], s=14, facecolors="none", edgecolors=colour)
+        grid = common_grid(row["curves"], numbers["eval_every"])
+        by_seed = np.array([at_grid(curve, grid) for curve in row["curves"]])
+        curves.plot(
+            grid / 1000, np.nanmedian(by_seed, 0), color=colour, linewidth=1.8, label=f"lambda {row['lambda']:g}"
+        )
+    bars.set_xticks(range(len(labels)), labels)
+    bars.set_xlim(-0.5, len(labels) - 0.3)
+    tidy(
+        bars,
+        title=f"last {numbers['episodes']} training episodes: mean and deviation\n(small circles: each seed's mean)",
+        x="GAE lambda (0: one step, 1: whole return)",
+        y="episode return",
+    )
+    tidy(
+        curves,
+        title="learning: median over seeds",
+        x="environment steps, thousands",
+        y=f"mean return of {numbers['eval_episodes']} greedy episodes",
+    )
+    curves.legend(fontsize="small", frameon=False)
+    steps = steps_text(numbers["total_steps"])
+    figure.suptitle(f"{numbers['env']}, PPO, {steps} steps, {_seeds(numbers)}", fontsize="large")
+    return figure
+
+
+def _seeds(numbers: Mapping[str, Any]) -> str:
+    return seeds_text(numbers["seeds"]).split(":")[0]
+
+
+def verdict(numbers: Mapping[str, Any]) -> str:
+    """Is .95 the best, as good as the best within the spread over seeds, or beaten?"""
+    lines = [f"lambda {row['lambda']:<5g} {row['mean']:7.1f} +- {row['std']:.1f}" for row in numbers["rows"]]
+    judged = next((row for row in numbers["rows"] if row["lambda"] == JUDGED), None)
+    if judged is None:
+        return "\n".join(lines)
+    best = max(numbers["rows"], key=lambda row: row["mean"])
+    if best is judged:
+        word = "the best of these"
+    else:
+        error = _standard_error(best, judged)
+        gap = best["mean"] - judged["mean"]
+        compared = f"{best['lambda']:g}, which is {gap:.1f} higher"
+        if error is None:
+            word = f"behind {compared}; one seed cannot tell whether by chance"
+        elif gap <= 2 * error:
+            word = f"not to be told apart from {compared} with a standard error of {error:.1f} over seeds"
+        else:
+            word = f"beaten by {compared}, more than two standard errors ({error:.1f}) over seeds"
+    return "\n".join([*lines, f"Verdict: at {steps_text(numbers['total_steps'])} steps, .95 is {word}."])
+
+
+def _standard_error(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
+    """Of the difference of two means over seeds; None with one seed."""
+    if len(a["mean_by_seed"]) < 2:
+        return None
+    return float(np.sqrt(sum(np.var(row["mean_by_seed"], ddof=1) / len(row["mean_by_seed"]) for row in (a, b))))

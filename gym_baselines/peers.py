@@ -1,0 +1,262 @@
+"""Stable-Baselines3 beside us: its algorithms at rl-zoo's tuned settings, measured like our own. Extra: `peers`.
+
+Settings: hyperparams/{dqn,sac,ppo,a2c,trpo}.yml of rl-baselines3-zoo at 22e3ff2 (2026-04-23), with training
+environments that have no render mode (Stable-Baselines3's default "rgb_array" makes LunarLander 4 times slower).
+"""
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+
+from gym_baselines.environments import EVALUATION, EnvironmentConfig, make_env
+from gym_baselines.lines_of_code import executed_lines
+from gym_baselines.measure import Meter, RunSpec
+from rlhf.errors import InputError
+
+ALGORITHMS = {
+    "sb3_dqn": ("stable_baselines3", "DQN"),
+    "sb3_sac": ("stable_baselines3", "SAC"),
+    "sb3_ppo": ("stable_baselines3", "PPO"),
+    "sb3_a2c": ("stable_baselines3", "A2C"),
+    "sb3_trpo": ("sb3_contrib", "TRPO"),
+}
+"""Name in `compare` -> (package, class)."""
+
+PACKAGES = {"stable_baselines3": "stable-baselines3", "sb3_contrib": "sb3-contrib"}
+DEFAULT_STEPS = 100_000
+LINES_STEPS = {"sb3_dqn": 1_600, "sb3_sac": 250}
+"""Steps after which each has learnt at least once; the others need two rollouts."""
+
+# `n_envs`, `total_steps`, `normalize` and "linear ..." are the zoo's own; the rest are arguments of the class.
+ZOO: dict[tuple[str, str], dict[str, Any]] = {
+    ("sb3_dqn", "CartPole-v1"): {
+        "total_steps": 50_000,
+        "learning_rate": 2.3e-3,
+        "batch_size": 64,
+        "buffer_size": 100_000,
+        "learning_starts": 1000,
+        "gamma": 0.99,
+        "target_update_interval": 10,
+        "train_freq": 256,
+        "gradient_steps": 128,
+        "exploration_fraction": 0.16,
+        "exploration_final_eps": 0.04,
+        "policy_kwargs": {"net_arch": [256, 256]},
+    },
+    ("sb3_ppo", "CartPole-v1"): {
+        "total_steps": 100_000,
+        "n_envs": 8,
+        "n_steps": 32,
+        "batch_size": 256,
+        "gae_lambda": 0.8,
+        "gamma": 0.98,
+        "n_epochs": 20,
+        "ent_coef": 0.0,
+        "learning_rate": "linear 0.001",
+        "clip_range": "linear 0.2",
+    },
+    ("sb3_a2c", "CartPole-v1"): {"total_steps": 500_000, "n_envs": 8, "ent_coef": 0.0},
+    ("sb3_trpo", "CartPole-v1"): {
+        "total_steps": 100_000,
+        "n_envs": 2,
+        "n_steps": 512,
+        "batch_size": 512,
+        "cg_damping": 1e-3,
+        "gae_lambda": 0.98,
+        "gamma": 0.99,
+        "learning_rate": 1e-3,
+        "n_critic_updates": 20,
+    },
+    ("sb3_sac", "Pendulum-v1"): {"total_steps": 20_000, "learning_rate": 1e-3},
+    ("sb3_ppo", "Pendulum-v1"): {
+        "total_steps": 100_000,
+        "n_envs": 4,
+        "n_steps": 1024,
+        "gae_lambda": 0.95,
+        "gamma": 0.9,
+        "n_epochs": 10,
+        "ent_coef": 0.0,
+        "learning_rate": 1e-3,
+        "clip_range": 0.2,
+        "use_sde": True,
+        "sde_sample_freq": 4,
+    },
+    ("sb3_a2c", "Pendulum-v1"): {
+        "total_steps": 1_000_000,
+        "normalize": True,
+        "n_envs": 8,
+        "n_steps": 8,
+        "gae_lambda": 0.9,
+        "gamma": 0.9,
+        "ent_coef": 0.0,
+        "vf_coef": 0.4,
+        "max_grad_norm": 0.5,
+        "use_rms_prop": True,
+        "normalize_advantage": False,
+        "learning_rate": "linear 7e-4",
+        "use_sde": True,
+        "policy_kwargs": {"log_std_init": -2, "ortho_init": False},
+    },
+    ("sb3_trpo", "Pendulum-v1"): {
+        "total_steps": 100_000,
+        "n_envs": 2,
+        "n_steps": 1024,
+        "gamma": 0.9,
+        "n_critic_updates": 15,
+        "use_sde": True,
+        "sde_sample_freq": 4,
+    },
+    ("sb3_ppo", "LunarLander-v3"): {
+        "total_steps": 1_000_000,
+        "n_envs": 16,
+        "n_steps": 1024,
+        "batch_size": 64,
+        "gae_lambda": 0.98,
+        "gamma": 0.999,
+        "n_epochs": 4,
+        "ent_coef": 0.01,
+    },
+    ("sb3_a2c", "LunarLander-v3"): {
+        "total_steps": 200_000,
+        "n_envs": 8,
+        "n_steps": 5,
+        "gamma": 0.995,
+        "learning_rate": "linear 0.00083",
+        "ent_coef": 0.00001,
+    },
+    ("sb3_trpo", "LunarLander-v3"): {
+        "total_steps": 200_000,
+        "n_envs": 2,
+        "n_steps": 512,
+        "cg_damping": 0.01,
+        "gae_lambda": 0.98,
+        "gamma": 0.99,
+        "learning_rate": 1e-3,
+        "n_critic_updates": 15,
+    },
+}
+"""(algorithm, environment) -> tuned settings. Where there are none, the library's own defaults are used."""
+
+
+def require(algorithm: str) -> None:
+    """InputError unless the peer is known and installed."""
+    if algorithm not in ALGORITHMS:
+        raise InputError(f"algorithms: there is no peer {algorithm!r}; known: {', '.join(ALGORITHMS)}.")
+    package, _ = ALGORITHMS[algorithm]
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise InputError(
+            f"algorithms: {algorithm} needs {PACKAGES[package]}, which is not installed ({error}). "
+            "Install it: pip install 'rlhf-toolkit[peers]'"
+        ) from error
+
+
+def measures_kl(algorithm: str) -> bool:
+    """DQN has no distribution, and the steps of both off-policy algorithms are single minibatches."""
+    return algorithm not in ("sb3_dqn", "sb3_sac")
+
+
+def default_steps(algorithm: str, env: str) -> int:
+    return int(ZOO.get((algorithm, env), {}).get("total_steps", DEFAULT_STEPS))
+
+
+def measured_peer(spec: RunSpec, meter: Meter) -> dict[str, Any]:
+    """As `measure.measured_run`, for an algorithm of Stable-Baselines3."""
+    model = build(spec)
+    player = PeerPlayer(model, spec.env)
+    model.learn(spec.total_steps, callback=_watcher(meter, player))
+    meter.steps = int(model.num_timesteps)
+    episodes = model.ep_info_buffer or ()
+    return meter.result(player, [float(episode["r"]) for episode in episodes])
+
+
+def peer_lines(spec: RunSpec) -> dict[str, list[int]]:
+    model = build(spec)
+    steps = LINES_STEPS.get(spec.algorithm, 2 * model.n_envs * getattr(model, "n_steps", 1))
+    return executed_lines(lambda: model.learn(steps), ["stable_baselines3", ALGORITHMS[spec.algorithm][0]])
+
+
+def build(spec: RunSpec) -> Any:
+    """The untrained model, with its training environments."""
+    require(spec.algorithm)
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    package, name = ALGORITHMS[spec.algorithm]
+    settings = {**ZOO.get((spec.algorithm, spec.env), {}), **spec.changes}
+    settings.pop("total_steps", None)
+    normalize = settings.pop("normalize", False)
+    envs = make_vec_env(spec.env, settings.pop("n_envs", 1), seed=spec.seed, env_kwargs={"render_mode": None})
+    if normalize:
+        envs = VecNormalize(envs, gamma=settings.get("gamma", 0.99))
+    settings = {name: _schedule(value) for name, value in settings.items()}
+    return getattr(import_module(package), name)("MlpPolicy", envs, seed=spec.seed, device="cpu", verbose=0, **settings)
+
+
+def _schedule(value: Any) -> Any:
+    """ "linear 0.001" falls to 0 with the share of the training that is left."""
+    if isinstance(value, str) and value.startswith("linear "):
+        start = float(value.removeprefix("linear "))
+        return lambda remaining: start * remaining
+    return value
+
+
+def _watcher(meter: Meter, player: "PeerPlayer") -> Any:
+    """A callback of Stable-Baselines3: a new rollout begins where an update has ended."""
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class Watcher(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps:
+                meter.after_update(self.num_timesteps, player, {})
+
+        def _on_step(self) -> bool:
+            return True
+
+    return Watcher()
+
+
+class PeerPlayer:
+    """A model of Stable-Baselines3 in training."""
+
+    def __init__(self, model: Any, env: str) -> None:
+        self.model, self.env, self.options = model, env, EnvironmentConfig()
+        self.normalizer = model.get_vec_normalize_env()
+
+    def evaluate(self, episodes: int, seed: int) -> np.ndarray:
+        """Greedy episodes from the start states that `gym_baselines.evaluate` uses."""
+        envs = [make_env(self.env, seed=seed, row=row, purpose=EVALUATION) for row in range(episodes)]
+        observations = np.stack([env.reset()[0] for env in envs])
+        returns = np.zeros(episodes)
+        running = np.arange(episodes)
+        while len(running):
+            actions, _ = self.model.predict(self._normalized(observations[running]), deterministic=True)
+            over = np.zeros(len(running), dtype=bool)
+            for place, (episode, action) in enumerate(zip(running, actions, strict=True)):
+                observations[episode], reward, terminated, truncated, _ = envs[episode].step(action)
+                returns[episode] += float(reward)
+                over[place] = terminated or truncated
+            running = running[~over]
+        for env in envs:
+            env.close()
+        return returns
+
+    def sample(self, observations: np.ndarray, step: int) -> np.ndarray:
+        with torch.random.fork_rng(devices=[]):  # what is measured must not disturb training
+            torch.manual_seed(step)
+            return self.model.predict(self._normalized(observations), deterministic=False)[0]
+
+    @torch.no_grad()
+    def distribution(self, observations: np.ndarray) -> Any:
+        return self.model.policy.get_distribution(torch.as_tensor(self._normalized(observations))).distribution
+
+    @torch.no_grad()
+    def kl(self, old: Any, new: Any) -> float:
+        divergence = torch.distributions.kl_divergence(old, new)
+        return float(divergence.sum(-1).mean() if divergence.dim() > 1 else divergence.mean())
+
+    def _normalized(self, observations: np.ndarray) -> np.ndarray:
+        return observations if self.normalizer is None else self.normalizer.normalize_obs(observations)

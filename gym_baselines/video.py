@@ -1,0 +1,28 @@
+"""A video of a saved agent, on request: training never renders."""
+
+from pathlib import Path
+
+import gymnasium as gym
+
+from gym_baselines.agent import Agent
+from gym_baselines.environments import EVALUATION, make_env
+from rlhf.errors import InputError
+
+
+def record_video(agent: Agent, directory: str | Path, *, seed: int = 0) -> Path:
+    """Record one greedy episode as an MP4 in `directory`. Needs moviepy (the extra `video`)."""
+    directory = Path(directory)
+    options = agent.environment_config()
+    try:
+        env = make_env(agent.env, seed=seed, row=0, purpose=EVALUATION, options=options, render_mode="rgb_array")
+        env = gym.wrappers.RecordVideo(env, str(directory), name_prefix=agent.env.replace("/", "-"), disable_logger=True)
+    except gym.error.DependencyNotInstalled as error:
+        raise InputError(f"--video needs a package that is missing: {error}. Try: pip install moviepy") from error
+    observation, info = env.reset()
+    over = False
+    while not over:
+        action = agent.predict(observation, action_mask=info.get("action_mask"))
+        observation, _, terminated, truncated, info = env.step(action)
+        over = terminated or truncated
+    env.close()
+    return max(directory.glob("*.mp4"), key=lambda path: path.stat().st_mtime)
