@@ -79,7 +79,7 @@ class SeededGame(gym.Wrapper):
         if self._start is None:
             self._start = ale.cloneState()
         else:
-            ale.restoreState(self._start)
+            pass
         return answer
 
     def step(self, action: Any) -> Step:

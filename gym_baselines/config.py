@@ -128,6 +128,11 @@ class TrainConfig:
             raise InputError(
                 "trust_region makes one step with the whole batch: set ppo.normalize_advantages to batch (or none)."
             )
+        if self.trust_region is not None and self.update.target_kl is not None:
+            raise InputError(
+                "update.target_kl stops gradient steps of the policy, but with trust_region they fit the values alone: set "
+                "it to null; trust_region.max_kl bounds the policy's step."
+            )
         if self.trust_region is not None and self.network.shared_trunk:
             raise InputError(
                 "trust_region (TRPO) steps the policy alone, so it cannot share layers with the value function: set "

@@ -260,7 +260,9 @@ def _make_pool(
 
 
 def _registered_spaces(name: str, options: EnvironmentConfig) -> tuple[gym.Space, gym.Space] | tuple[None, None]:
-    """Gymnasium's spaces for the same id, if it has it here."""
+    """Gymnasium's spaces for the same id, if it has it here. Those of games are the same, and slow to ask for."""
+    if options.atari:
+        return None, None
     try:
         known = make_env(name, seed=0, row=0, options=replace(options, vectorization="sync"))
     except InputError:

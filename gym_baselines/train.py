@@ -87,6 +87,8 @@ class Training:
         self.directory = self._open_directory()
         self.algorithm = PPO(config.ppo) if config.trust_region is None else TRPO(config.ppo, config.trust_region)
         self.state = self.algorithm.initial_state()
+        if "values" not in self.algorithm.needs:
+            self.policy.value_net.requires_grad_(False)  # several processes wait for a gradient of all that may have one
         self._own_optimizer = make_optimizer(config, self.policy)
         self.model, self.optimizer = self.distributed.prepare(self.policy, self._own_optimizer)
         self.envs = make_vector_env(self._made_by, rows=rows, seed=config.seed, options=config.environment)

@@ -52,10 +52,13 @@ def conjugate_gradient(product: Product, b: Tensor, *, iterations: int, toleranc
     """x with H x = b, as far as `iterations` products go; where H is singular, the solution of least norm.
 
     Stops once |b - H x|^2 <= tolerance |b|^2 (relative, so that the scale of b, hence of the advantages, does not
-    matter), or where rounding makes the curvature along the search direction vanish.
+    matter), or where rounding makes the curvature along the search direction vanish. Residuals are kept orthogonal
+    explicitly: by the recursion alone they soon are not, and rounding (another order of sums, another number of
+    processes) would decide the later iterations.
     """
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()
+    residuals: list[Tensor] = []  # so far, of length 1
     squared = residual @ residual
     enough = tolerance * squared
     for _ in range(iterations):
@@ -67,7 +70,10 @@ def conjugate_gradient(product: Product, b: Tensor, *, iterations: int, toleranc
             break
         alpha = squared / curvature
         x = x + alpha * direction
+        residuals.append(residual / squared.sqrt())
         residual = residual - alpha * curved
+        for earlier in residuals:
+            residual = residual - (earlier @ residual) * earlier
         before, squared = squared, residual @ residual
         direction = residual + (squared / before) * direction
     return x

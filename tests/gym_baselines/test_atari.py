@@ -1,4 +1,7 @@
-"""The Atari pipeline: lives, FIRE and whole games on a small game of known arithmetic, and all of it on Pong and Breakout."""
+"""The Atari pipeline: lives, FIRE and whole games on a small game of known arithmetic, all of it on Pong, Breakout."""
+
+import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -6,11 +9,11 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 from gymnasium.wrappers import TransformReward
 
-from gym_baselines.atari import EpisodicLife, FireReset, GameReturns, prepare_atari, sign
+from gym_baselines.atari import EpisodicLife, FireReset, GameReturns, SeededGame, prepare_atari, sign
 from gym_baselines.environments import (
     EVALUATION,
+    TRAINING,
     EnvironmentConfig,
-    SeededResets,
     check_environment,
     finished_games,
     make_env,
@@ -80,6 +83,7 @@ def episode(env):
         _, reward, terminated, truncated, info = env.step(MOVE)
         rewards.append(reward)
         over = terminated or truncated
+        assert len(rewards) < 50, "the episode does not end"
     return first.tolist(), rewards, info
 
 
@@ -106,7 +110,7 @@ def test_each_life_is_an_episode_and_the_game_goes_on_until_the_last():
 
 
 def test_a_finished_game_reports_all_its_rewards_and_steps():
-    """Each life earns 5 + 5 - 2; steps: 3 of play and FIRE for each of 3 lives, and the step without action after 2 of them."""
+    """Each life earns 5 + 5 - 2. Steps: 3 of play and FIRE in each of 3 lives, and one without action after 2 of them."""
 
     def check(pipeline):
         env = pipeline()
@@ -180,119 +184,119 @@ def test_an_environment_without_games_reports_none():
     assert not reports_games(make_vector_env("CartPole-v1", rows=[0], seed=0))
 
 
-@pytest.mark.parametrize("steps", range(0, 13))
-def test_a_game_is_replayed_through_its_lost_lives(steps):
-    """Interrupted anywhere in a game of three lives: at its start, in a life, on a lost one, after the reset, at the end."""
-    env, fresh = (SeededResets(learning(), seed=0, row=0) for _ in range(2))
-    fresh.reset()  # which is in the middle of something else
-    fresh.step(MOVE)
-    fresh.step(MOVE)
-    now, over = env.reset()[0], False
-    for _ in range(steps):
-        now, _, over, _, _ = env.step(MOVE) if not over else (*env.reset()[:1], 0, False, False, {})
-    record = env.replay_record()
-    seen, _ = fresh.reset(options={"replay": {0: record}})
-    assert seen[1:].tolist() == now[1:].tolist() and fresh.episode == env.episode
-    if over:  # the next step only resets
-        assert fresh.step(MOVE)[0][1:].tolist() == env.reset()[0][1:].tolist()
-    ahead = [[step[0][1:].tolist(), step[1], step[2]] for step in (env.step(MOVE) for _ in range(2))]
-    assert [[step[0][1:].tolist(), step[1], step[2]] for step in (fresh.step(MOVE) for _ in range(2))] == ahead
+@pytest.mark.parametrize("mode", AUTORESET_MODES)
+def test_a_game_is_replayed_through_its_lost_lives(mode):
+    """Stopped anywhere in two games of three lives: at the start, in a life, on a lost one, after a reset, at an end."""
+
+    def go_on(envs, steps):
+        """(lives and ball, reward, end) of each step; the number of the game depends on how many were played before."""
+        found = []
+        for _ in range(steps):
+            observations, rewards, terminated, _, _ = envs.step(np.array([MOVE]))
+            found.append((observations[0, 1:].tolist(), rewards[0], terminated[0]))
+            if mode == "disabled" and terminated[0]:
+                found.append(envs.reset(options={"reset_mask": terminated})[0][0, 1:].tolist())
+        return found
+
+    options = EnvironmentConfig(autoreset=mode)
+    fresh = make_vector_env(learning, rows=[3], seed=0, options=options)
+    resumed = set()
+    for steps in range(24):
+        envs = make_vector_env(learning, rows=[3], seed=0, options=options)
+        now = envs.reset()[0][0, 1:].tolist()
+        for answer in go_on(envs, steps):
+            now = answer[0] if isinstance(answer, tuple) else answer
+        records = replay_records(envs, [3])
+        resumed.add(len(records[3]["resumed"]))
+        assert replay(fresh, records)[0][0, 1:].tolist() == now
+        assert fresh.envs[0].episode == envs.envs[0].episode
+        assert go_on(fresh, 16) == go_on(envs, 16)
+    assert resumed == {0, 1, 2}
 
 
 # --- Pong and Breakout ---
 
 
-def atari(name="ALE/Breakout-v5", rows=(2,), seed=0, purpose=0, **settings):
+def atari(name="ALE/Breakout-v5", purpose=TRAINING, **settings):
     pytest.importorskip("ale_py")
-    options = EnvironmentConfig(atari=True, **settings)
-    return make_vector_env(name, rows=rows, seed=seed, options=options, purpose=purpose)
-
-
-def actions(steps, seed, choices=4):
-    return np.random.default_rng(seed).integers(choices, size=(steps, 1))
+    return make_env(name, seed=0, row=0, purpose=purpose, options=EnvironmentConfig(atari=True, **settings))
 
 
 def test_pong_looks_as_in_the_dqn_paper():
-    """Four grey frames of 84 x 84 bytes; after two steps the stack holds the start three... and each step is 4 frames."""
-    envs = atari("ALE/Pong-v5")
-    assert envs.single_observation_space == Box(0, 255, (4, 84, 84), np.uint8)
-    assert envs.single_action_space.n == 6
-    observations, infos = envs.reset()
-    before = int(infos["episode_frame_number"][0])
-    assert 4 < before <= 1 + 30 + 4 + 60  # no-ops and FIRE
-    stack = observations.copy()
-    observations, rewards, *_, infos = envs.step(np.array([2]))
-    assert int(infos["episode_frame_number"][0]) == before + 4
-    assert (observations[0, :3] == stack[0, 1:]).all() and observations.std() > 10
-    assert rewards.tolist() == [0.0]
+    """A stack of four grey pictures of 84 x 84 bytes, no-ops and FIRE before the first, four frames a step; the limit
+    counts steps, of which FIRE is the first."""
+    env = atari("ALE/Pong-v5", max_episode_steps=9)
+    assert env.observation_space == Box(0, 255, (4, 84, 84), np.uint8) and env.action_space == Discrete(6)
+    stack, info = env.reset()
+    frames = info["episode_frame_number"]
+    assert 1 + 4 <= frames <= 30 + 4
+    for step in range(8):
+        before, (stack, reward, terminated, truncated, info) = stack, env.step(2)
+        assert info["episode_frame_number"] == frames + 4 * (step + 1)
+        assert (stack[:3] == before[1:]).all() and stack[3].std() > 10
+        assert reward in (-1, 0, 1) and not terminated and truncated == (step == 7)
 
 
-def test_breakout_restores_exactly_after_several_games_and_lost_lives():
-    """To the last pixel, sticky actions included; the environment it is compared with has played five games before."""
-    envs, fresh = (atari(sticky_actions=0.25) for _ in range(2))
-    envs.reset()
-    lost = games = 0
-    for action in actions(500, seed=1):
-        _, _, terminated, truncated, infos = envs.step(action)
-        lost += int(terminated[0])
-        games += int(finished_games(infos, terminated | truncated)[0][0])
-    assert games >= 2 and lost >= 5 * games
-    record = replay_records(envs, [2])
-    assert record[2]["resumed"], "the interruption should fall after a lost life"
-    replay(fresh, record)
-    for action in actions(80, seed=2):
-        ours, theirs = envs.step(action), fresh.step(action)
-        assert all((mine == other).all() for mine, other in zip(ours[:4], theirs[:4], strict=True))
+def test_breakout_restores_exactly_after_games_and_lost_lives():
+    """To the last pixel, sticky actions included. The environment that replays has been in other states before."""
+    env, fresh = (atari(sticky_actions=0.25) for _ in range(2))
+    choose = np.random.default_rng(1)
+    now, games, record = env.reset()[0], 0, {"resumed": []}
+    while games < 2 or len(record["resumed"]) < 2:
+        now, _, terminated, _, info = env.step(int(choose.integers(4)))
+        games += "game_return" in info
+        if terminated:
+            now, _ = env.reset()
+            record = env.replay_record()
+    for seed in (0, 1):
+        fresh.reset()
+        for action in np.random.default_rng(seed).integers(4, size=30):
+            if fresh.step(int(action))[2]:
+                fresh.reset()
+    assert (fresh.reset(options={"replay": {0: record}})[0] == now).all()
+    for action in choose.integers(4, size=60):
+        ours, theirs = env.step(int(action)), fresh.step(int(action))
+        assert (ours[0] == theirs[0]).all() and ours[1:] == theirs[1:]
+        if ours[2]:
+            assert (env.reset()[0] == fresh.reset()[0]).all()
 
 
-def test_games_begin_with_no_ops_that_the_seed_decides():
-    made = atari().envs[0]
-    frames = [made.env.reset(seed=seed)[1]["episode_frame_number"] for seed in (1, 2, 3, 4, 1)]  # always a new game?
-    assert len(set(frames)) > 1
-
-    def starts(row):
-        env = make_env("ALE/Breakout-v5", seed=0, row=row, options=EnvironmentConfig(atari=True), purpose=EVALUATION)
-        return [env.reset()[1]["episode_frame_number"] for _ in range(5)]
-
-    assert starts(0) == starts(0) != starts(1)
-
-
-def test_an_evaluation_of_breakout_is_a_whole_game():
-    env = make_env("ALE/Breakout-v5", seed=0, row=0, purpose=EVALUATION, options=EnvironmentConfig(atari=True))
+def test_an_evaluation_of_breakout_is_a_whole_game_which_its_seed_begins():
+    env = atari(purpose=EVALUATION)
+    starts = [env.env.reset(seed=seed)[1]["episode_frame_number"] for seed in (1, 2, 3, 4, 1)]
+    assert starts[0] == starts[4] and len(set(starts)) > 1  # the number of no-ops
     env.reset()
     total, steps, over, lives = 0.0, 0, False, set()
     while not over:
-        _, reward, terminated, truncated, info = env.step(int(steps * 7 % 4))
+        _, reward, terminated, truncated, info = env.step(steps * 7 % 4)
         total, steps, over = total + float(reward), steps + 1, terminated or truncated
         lives.add(info["lives"])
     assert lives == {5, 4, 3, 2, 1, 0} and info["game_return"] == total
-    limited = make_env(
-        "ALE/Breakout-v5", seed=0, row=0, purpose=EVALUATION, options=EnvironmentConfig(atari=True, max_episode_steps=9)
-    )
-    limited.reset()
-    assert [limited.step(NOOP)[3] for _ in range(8)] == [False] * 7 + [True]  # FIRE was the first of nine
+
+
+class Frames(Lives):
+    """Looks like an ALE game to the pipeline, up to what is asked of it."""
+
+    def __init__(self, sticky=0.0):
+        super().__init__()
+        self.ale, self.played = SimpleNamespace(getFloat=lambda name: sticky, cloneState=lambda: None), []
+
+    def step(self, action):
+        self.played.append(action)
+        return np.zeros(3), 0.0, False, False, {"lives": 3}
 
 
 def test_actions_stick_as_often_as_asked_for():
-    """With probability 0.5 a frame repeats the last frame's action: 800 frames of alternating actions, five deviations."""
-    played = []
-
-    class Game(Lives):
-        ale = None
-
-        def step(self, action):
-            played.append(action)
-            return np.zeros(3), 0.0, False, False, {"lives": 3}
-
-    from gym_baselines.atari import SeededGame
-
-    env = SeededGame(Game(), sticky_actions=0.5)
-    env.unwrapped.np_random = np.random.default_rng(0)
-    for frame in range(800):
-        env.step(FIRE if frame % 2 else MOVE)
-    stuck = sum(action != (FIRE if frame % 2 else MOVE) for frame, action in enumerate(played))
-    # A frame shows another action than the asked one if it repeats one that differs: p / (1 + p) of them, here a third.
-    assert abs(stuck / 800 - 1 / 3) < 5 * (2 / 9 / 800) ** 0.5 * 1.5
+    """FIRE and MOVE are asked for in turn. With probability p a frame repeats the one before, so the wrong one is played
+    if an odd number of frames sticks in a row: in p (1 - p) + p^3 (1 - p) + ... = p / (1 + p) of the frames."""
+    wanted = np.where(np.arange(20_000) % 2, FIRE, MOVE)
+    for p in (0.0, 0.25, 0.5):
+        env = SeededGame(Frames(), sticky_actions=p)
+        env.reset(seed=0)
+        for action in wanted:
+            env.step(action)
+        wrong = np.mean(np.array(env.unwrapped.played) != wanted)
+        assert abs(wrong - p / (1 + p)) <= 5 * (p / 20_000) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -301,29 +305,36 @@ def test_actions_stick_as_often_as_asked_for():
         ("CartPole-v1", ["CartPole-v1", "ALE/Pong-v5"]),
         ("ALE/Pongg-v5", ["ALE/Pong-v5"]),
         (Lives, ["atari = true", "false"]),
+        (lambda: Frames(sticky=0.25), ["repeat_action_probability=0", "sticky_actions"]),
         (lambda: gym.make("ALE/Pong-v5", repeat_action_probability=0.0), ["frameskip=1"]),
-        (lambda: gym.make("ALE/Pong-v5", frameskip=1), ["repeat_action_probability=0", "sticky_actions"]),
     ],
-    ids=["another id", "a misspelt game", "a factory of another", "frames skipped twice", "actions stuck twice"],
+    ids=["another id", "a misspelt game", "a factory of another", "actions stuck twice", "frames skipped twice"],
 )
 def test_what_the_pipeline_cannot_prepare_is_refused(env, named):
-    ale = pytest.importorskip("ale_py")
-    gym.register_envs(ale)
+    gym.register_envs(pytest.importorskip("ale_py"))
     with pytest.raises(InputError) as error:
         check_environment(env, EnvironmentConfig(atari=True))
     assert all(part in str(error.value) for part in named), str(error.value)
 
 
+def test_missing_opencv_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(InputError, match="pip install opencv-python"):
+        prepare_atari(Frames(), learning=True)
+
+
 def test_an_envpool_game_reports_whole_games_too():
     """One life an episode, rewards at most 1 by size, five lives a game: as many games as the lives say."""
     pytest.importorskip("envpool")
-    envs = atari(rows=range(2), vectorization="envpool")
-    assert reports_games(envs) and envs.single_observation_space.shape == (4, 84, 84)
+    options = EnvironmentConfig(atari=True, vectorization="envpool")
+    envs = make_vector_env("ALE/Breakout-v5", rows=[0, 1], seed=0, options=options)
+    assert reports_games(envs) and envs.single_action_space == Discrete(4)
+    assert envs.single_observation_space == Box(0, 255, (4, 84, 84), np.uint8)
     envs.reset()
     choose = np.random.default_rng(0)
     ends_seen, games = np.zeros(2), [[], []]
     lengths_seen, ghost = np.zeros(2), np.zeros(2, dtype=bool)
-    for _ in range(420):
+    while min(len(found) for found in games) < 1:
         _, rewards, terminated, truncated, infos = envs.step(choose.integers(4, size=2))
         ends = terminated | truncated
         assert np.abs(rewards).max() <= 1
@@ -335,13 +346,3 @@ def test_an_envpool_game_reports_whole_games_too():
             assert ends_seen[row] == 5 * len(games[row]) and lengths[row] == lengths_seen[row]
             lengths_seen[row] = 0
         ghost = ends
-    assert min(len(found) for found in games) >= 1
-
-
-def test_the_pipeline_needs_opencv(monkeypatch):
-    pytest.importorskip("ale_py")
-    import sys
-
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(InputError, match="pip install opencv-python"):
-        prepare_atari(gym.make("ALE/Pong-v5", frameskip=1, repeat_action_probability=0.0), learning=True)

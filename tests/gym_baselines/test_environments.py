@@ -33,14 +33,14 @@ ROWS = (4, 5)  # global indices: not those of the places in this process
 
 def play(envs, steps, seed):
     """Everything that `steps` random steps answer, final observations included. The caller of DISABLED resets."""
-    actions = np.random.default_rng(seed)
+    actions, space = np.random.default_rng(seed), envs.single_action_space
+    chosen = np.empty((envs.num_envs, *space.shape), space.dtype)  # filled anew for each step: nobody may keep it
     answers = []
     for _ in range(steps):
-        space = envs.single_action_space
         if isinstance(space, Discrete):
-            chosen = actions.integers(space.n, size=envs.num_envs)
+            chosen[:] = actions.integers(space.n, size=envs.num_envs)
         else:
-            chosen = actions.uniform(space.low, space.high, (envs.num_envs, *space.shape)).astype(space.dtype)
+            chosen[:] = actions.uniform(space.low, space.high, chosen.shape)
         observations, rewards, terminated, truncated, infos = envs.step(chosen)
         ends = terminated | truncated
         finals = [infos["final_obs"][row].tolist() for row in ends.nonzero()[0]] if "final_obs" in infos else []
