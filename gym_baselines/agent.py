@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Agent:
         """Write agent.json and policy.safetensors; each file is whole or absent."""
         directory = Path(directory)
         policy = self.policy
-        weights = save({name: tensor.contiguous().cpu() for name, tensor in policy.state_dict().items()})
+        weights = save({name: tensor.detach().cpu().clone() for name, tensor in policy.state_dict().items()})
         facts = {
             "format": _FORMAT,
             "env": self.env,
@@ -165,7 +165,7 @@ class Agent:
                 f"observation holds a number that is not finite: {observation!r:.200}. Look for a division by zero or a "
                 "diverging simulation in the environment."
             )
-        rows = torch.as_tensor(observation[None] if single else observation)
+        rows = torch.as_tensor(np.ascontiguousarray(observation[None] if single else observation))
         return rows if rows.dtype != torch.float64 else rows.to(self.policy.dtype), single
 
     def _mask(self, action_mask: Any, num_rows: int, single: bool) -> torch.Tensor:
@@ -217,18 +217,3 @@ def describe(config: Any) -> dict[str, Any]:
     """A config as plain JSON values, without what only concerns where the run was written."""
     settings = asdict(config)
     return {name: settings[name] for name in settings if name not in _NOT_OF_THE_AGENT}
-
-
-def check_output_dir(directory: str | Path, *, overwrite: bool, files: Sequence[str]) -> None:
-    """Before training starts: refuse a folder that holds another run, clear its files if that was asked for."""
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"output_dir {directory} is a file: name a folder.")
-    present = [name for name in files if (directory / name).exists()]
-    if present and not overwrite:
-        raise InputError(
-            f"output_dir {directory} already holds a run ({', '.join(present)}). Name another folder, or replace the run "
-            "with overwrite=True (--overwrite true)."
-        )
-    for name in present:
-        (directory / name).unlink()

@@ -79,7 +79,7 @@ class SeededGame(gym.Wrapper):
         if self._start is None:
             self._start = ale.cloneState()
         else:
-            pass
+            ale.restoreState(self._start)
         return answer
 
     def step(self, action: Any) -> Step:

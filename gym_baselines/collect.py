@@ -37,7 +37,9 @@ class ActingPolicy(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     def __call__(self, inputs: Inputs, actions: Tensor, with_values: bool, with_entropy: bool) -> PolicyOutputs: ...
-    def sample(self, observations: Tensor, draws: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def sample(
+        self, observations: Tensor, draws: Tensor, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
     def values(self, observations: Tensor) -> Tensor: ...
     def env_actions(self, actions: Tensor) -> np.ndarray: ...
 
@@ -156,16 +158,18 @@ class Collector:
         record.finished[t, over, 0], record.finished[t, over, 1] = returns[over], lengths[over]
         self.returns[ends], self.lengths[ends] = 0.0, 0
         if self.mode == AutoresetMode.SAME_STEP:
-            record.final_observations += [(t, row, np.array(infos["final_obs"][row])) for row in np.flatnonzero(ends)]
+            record.final_observations += [
+                (t, row, np.array(infos["final_obs"][row])) for row in np.flatnonzero(ends).tolist()
+            ]
         elif self.mode == AutoresetMode.DISABLED or self.whole_episodes:
-            record.final_observations += [(t, row, np.array(self.observation[row])) for row in np.flatnonzero(ends)]
+            record.final_observations += [
+                (t, row, np.array(self.observation[row])) for row in np.flatnonzero(ends).tolist()
+            ]
         if self.mode == AutoresetMode.DISABLED:
             self.observation, after = self.envs.reset(options={"reset_mask": ends})
             self.action_mask = self.allowed(after, np.zeros_like(ends), self.action_mask)
 
-    def allowed(
-        self, infos: dict[str, Any], ends: np.ndarray, before: np.ndarray | None
-    ) -> np.ndarray | None:
+    def allowed(self, infos: dict[str, Any], ends: np.ndarray, before: np.ndarray | None) -> np.ndarray | None:
         """(rows, choices) bool: the actions that are allowed in the coming step."""
         if not self.masks_actions:
             return None

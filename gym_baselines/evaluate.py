@@ -16,7 +16,6 @@ from gym_baselines.spaces import are_alike
 from rlhf.core.random import EVALUATION, uniform
 from rlhf.errors import InputError, TrainingError
 
-MOST_AT_ONCE = 100  # environments that are open at a time
 _LONGEST_EPISODE = 1_000_000  # steps; longer ones probably never end
 
 
@@ -52,16 +51,19 @@ def evaluate(
     seed: int = 0,
     greedy: bool = True,
     options: EnvironmentConfig | None = None,
+    num_envs: int = 100,
 ) -> Evaluation:
     """Play `episodes` episodes, each from a start state of its own, so that short ones are not over-represented.
 
     agent: an agent, a learner or a bare policy. env: an id or a function that makes one environment; that of the agent's
     training if None. greedy: the most likely action; otherwise actions are drawn, a pure function of (seed, episode,
     step). options: how environments are made; as in the agent's training if None. In Atari an episode is a whole game.
+    num_envs: how many are open at a time, which changes memory and speed alone.
     Raises TrainingError if a reward or an observation is not finite.
     """
-    if episodes < 1:
-        raise InputError(f"episodes must be at least 1, got {episodes}.")
+    for name, number in (("episodes", episodes), ("num_envs", num_envs)):
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, got {number}.")
     agent = getattr(agent, "agent", agent)  # of a learner
     if isinstance(agent, Agent):
         options = options or agent.environment_config()
@@ -73,7 +75,7 @@ def evaluate(
         raise InputError(f"evaluate needs a trained agent or a policy, got {agent!r:.200}.")
     if env is None:
         raise InputError("A bare policy does not know its environment: pass env, an id or a function that makes one.")
-    return _Games(policy, env, options or EnvironmentConfig(), seed, greedy).play(episodes)
+    return _Games(policy, env, options or EnvironmentConfig(), seed, greedy).play(episodes, num_envs)
 
 
 class _Episode:
@@ -122,13 +124,13 @@ class _Games:
         self.policy, self.env, self.options, self.seed, self.greedy = policy, env, options, seed, greedy
         self.parts = torch.arange(policy.num_draws)
 
-    def play(self, episodes: int) -> Evaluation:
+    def play(self, episodes: int, num_envs: int) -> Evaluation:
         returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
         waiting = iter(range(episodes))
         running: list[_Episode] = []
         try:
             while True:
-                while len(running) < MOST_AT_ONCE and (number := next(waiting, None)) is not None:
+                while len(running) < num_envs and (number := next(waiting, None)) is not None:
                     running.append(self._start(number))
                 if not running:
                     return Evaluation(returns, lengths)

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from gym_baselines.measure import RunSpec
+from gym_baselines.measure import RunSpec, key_of
 from rlhf.errors import InputError, TrainingError
 
 RUNS_FOLDER = "runs"
@@ -65,7 +65,10 @@ def run_jobs(
 
 def read_result(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        result = json.loads(path.read_text())
+        if not isinstance(result, dict):
+            raise ValueError("it holds no result")
+        return result
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}). Delete it: it will be measured again.") from error
 
@@ -74,9 +77,9 @@ def _stored(job: Job, folder: Path) -> bool:
     path = folder / f"{job.name}.json"
     if not path.exists():
         return False
-    stored, wanted = read_result(path).get("spec"), job.spec.as_json()
-    if stored != wanted:
-        differ = [name for name in wanted if not isinstance(stored, dict) or stored.get(name) != wanted[name]]
+    stored, wanted = read_result(path), key_of(job.spec)
+    differ = [name for group in wanted for name in _differences(wanted[group], stored.get(group))]
+    if differ:
         raise InputError(
             f"{path} was measured with other settings ({', '.join(differ)}). Name another output_dir, or measure again "
             "with --overwrite true."
@@ -84,10 +87,18 @@ def _stored(job: Job, folder: Path) -> bool:
     return True
 
 
+def _differences(wanted: Any, stored: Any, name: str = "") -> list[str]:
+    """Dotted names of the settings that differ."""
+    if not isinstance(wanted, dict) or not isinstance(stored, dict):
+        return [] if wanted == stored else [name or "all"]
+    inner = {key: f"{name}.{key}".lstrip(".") for key in {**wanted, **stored}}
+    return [found for key, full in inner.items() for found in _differences(wanted.get(key), stored.get(key), full)]
+
+
 def _run(job: Job, folder: Path, bar: tqdm, children: list[subprocess.Popen[str]]) -> None:
     """One child process; its progress lines move the bar."""
     path = folder / f"{job.name}.json"
-    command = [sys.executable, "-m", "gym_baselines.measure", job.task, json.dumps(job.spec.as_json()), str(path)]
+    command = [sys.executable, "-m", "gym_baselines.measure", job.task, json.dumps(asdict(job.spec)), str(path)]
     paths = os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
     child = subprocess.Popen(
         command,

@@ -6,7 +6,6 @@ result is one JSON file. Clocks stand still while the run is evaluated and measu
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from gym_baselines.agent import Agent
+from gym_baselines.agent import Agent, describe
 from gym_baselines.config import TrainConfig
 from gym_baselines.environments import EVALUATION, EnvironmentConfig, make_env
 from gym_baselines.evaluate import evaluate
@@ -51,10 +50,6 @@ class RunSpec:
     series: tuple[str, ...] = ()
     """Metrics to keep from every update."""
     measure_kl: bool = True
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, equal to what comes back from a JSON file."""
-        return json.loads(json.dumps(asdict(self)))
 
 
 class Player(Protocol):
@@ -141,7 +136,6 @@ class Meter:
         peak = peak_memory_bytes()  # before the evaluation, which may hold more environments than training
         self.evaluate(player, self.spec.final_episodes)
         return {
-            "spec": self.spec.as_json(),
             "evaluations": self.evaluations,
             "steps": self.steps,
             "cpu_s": cpu,
@@ -224,6 +218,17 @@ def config_of(spec: RunSpec, *, keep_steps: bool = False) -> TrainConfig:
     return preset(spec.env, algorithm=spec.algorithm, **changes)
 
 
+def key_of(spec: RunSpec) -> dict[str, Any]:
+    """What a stored result must agree on to be used again: the spec, and every setting that it comes to today."""
+    if spec.algorithm.startswith(PEER_PREFIX):
+        from gym_baselines.peers import settings_of
+
+        settings = settings_of(spec)
+    else:
+        settings = describe(config_of(spec))
+    return json.loads(json.dumps({"spec": asdict(spec), "settings": settings}))
+
+
 def measured_run(spec: RunSpec) -> dict[str, Any]:
     """Train as `spec` says; the numbers, as JSON values."""
     warm_up()
@@ -256,7 +261,7 @@ def measured_lines(spec: RunSpec) -> dict[str, Any]:
     else:
         config = config_of(replace(spec, total_steps=2 * config_of(spec).batch_size))
         lines = executed_lines(lambda: train(config), ["gym_baselines", "rlhf"])
-    return {"spec": spec.as_json(), "lines": lines}
+    return {"lines": lines}
 
 
 def peak_memory_bytes() -> int:
@@ -265,6 +270,8 @@ def peak_memory_bytes() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
+        import resource  # not on Windows
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
@@ -291,9 +298,10 @@ TASKS: dict[str, Callable[[RunSpec], Any]] = {"run": measured_run, "lines": meas
 
 def main(task: str, spec: str, path: str) -> None:
     torch.set_num_threads(1)
-    settings = json.loads(spec)
+    values = json.loads(spec)
+    run = RunSpec(**values | {"series": tuple(values["series"])})
     with guard():
-        write_json(Path(path), TASKS[task](RunSpec(**settings | {"series": tuple(settings["series"])})))
+        write_json(Path(path), key_of(run) | TASKS[task](run))
 
 
 if __name__ == "__main__":

@@ -47,8 +47,11 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_sizes", "value_hidden_sizes"):
             sizes = getattr(self, name)
-            if sizes is not None and any(size < 1 for size in sizes):
-                raise InputError(f"{name} must be 1 or more each, got {list(sizes)}.")
+            if sizes is None and name == "value_hidden_sizes":
+                continue
+            if not isinstance(sizes, tuple | list) or not all(isinstance(size, int) and size >= 1 for size in sizes):
+                raise InputError(f"{name} must be widths of layers, 1 or more each, such as (64, 64), got {sizes!r}.")
+            object.__setattr__(self, name, tuple(sizes))
         for name, choices in (("activation", tuple(ACTIVATIONS)), ("encoder", ("auto", "mlp", "nature_cnn"))):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")

@@ -179,6 +179,11 @@ def peer_lines(spec: RunSpec) -> dict[str, list[int]]:
     return executed_lines(lambda: model.learn(steps), ["stable_baselines3", ALGORITHMS[spec.algorithm][0]])
 
 
+def settings_of(spec: RunSpec) -> dict[str, Any]:
+    """The zoo's settings and the run's own; where there are none, the library's defaults."""
+    return {**ZOO.get((spec.algorithm, spec.env), {}), **spec.changes}
+
+
 def build(spec: RunSpec) -> Any:
     """The untrained model, with its training environments."""
     require(spec.algorithm)
@@ -186,7 +191,7 @@ def build(spec: RunSpec) -> Any:
     from stable_baselines3.common.vec_env import VecNormalize
 
     package, name = ALGORITHMS[spec.algorithm]
-    settings = {**ZOO.get((spec.algorithm, spec.env), {}), **spec.changes}
+    settings = settings_of(spec)
     settings.pop("total_steps", None)
     normalize = settings.pop("normalize", False)
     envs = make_vec_env(spec.env, settings.pop("n_envs", 1), seed=spec.seed, env_kwargs={"render_mode": None})

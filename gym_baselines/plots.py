@@ -13,6 +13,7 @@ from gym_baselines.figures.style import save
 from gym_baselines.jobs import run_jobs
 from gym_baselines.measure import write_json
 from rlhf.cli import parse
+from rlhf.errors import InputError
 
 FIGURES: dict[str, ModuleType] = {
     "clip-objective": clip_objective,
@@ -34,6 +35,8 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] not in (*FIGURES, "-h", "--help"):
+        raise InputError(f"plot: there is no figure {arguments[0]!r}; choose of {', '.join(FIGURES)}.")
     if not arguments or arguments[0] not in FIGURES:
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
         print(usage(), file=sys.stdout if asked else sys.stderr)

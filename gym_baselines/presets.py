@@ -208,7 +208,7 @@ def preset(env: str = "CartPole-v1", algorithm: str = "ppo", **changes: Any) -> 
         raise InputError(f"algorithm must be one of {', '.join(get_args(AlgorithmName))}, got {algorithm!r}.")
     tuned = PRESETS.get(env, {}).get(algorithm, {})
     settings = ALGORITHMS[algorithm] | tuned | {ALIASES.get(name, name): value for name, value in changes.items()}
-    return with_settings(TrainConfig(env=env, algorithm=algorithm), **settings)
+    return with_settings(TrainConfig(env=env), algorithm=algorithm, **settings)
 
 
 def is_tuned(env: str, algorithm: str) -> bool:

@@ -26,11 +26,12 @@ class Segment(NamedTuple):
         return Segment(arrays, self.finals | {len(self) + t: final for t, final in other.finals.items()})
 
     def split(self, at: int) -> tuple["Segment", "Segment"]:
-        parts = ({name: array[:at] for name, array in self.arrays.items()}, {})
-        rest = ({name: array[at:] for name, array in self.arrays.items()}, {})
-        for t, final in self.finals.items():
-            (parts if t < at else rest)[1][t if t < at else t - at] = final
-        return Segment(*parts), Segment(*rest)
+        first = {t: final for t, final in self.finals.items() if t < at}
+        rest = {t - at: final for t, final in self.finals.items() if t >= at}
+        return (
+            Segment({name: array[:at] for name, array in self.arrays.items()}, first),
+            Segment({name: array[at:] for name, array in self.arrays.items()}, rest),
+        )
 
 
 @dataclass

@@ -125,6 +125,8 @@ def space_to_json(space: gym.Space) -> dict[str, Any]:
 def space_from_json(facts: dict[str, Any]) -> gym.Space:
     """The space that `space_to_json` described. ValueError, KeyError or TypeError if it described none."""
     kind = facts["type"]
+    if kind not in ("Box", "Discrete", "MultiBinary", "MultiDiscrete"):
+        raise ValueError(f"unknown space {kind!r}")
     if kind == "MultiBinary":
         shape = facts["shape"]
         return MultiBinary(shape[0] if len(shape) == 1 else shape)
@@ -133,10 +135,8 @@ def space_from_json(facts: dict[str, Any]) -> gym.Space:
         return Discrete(facts["n"], start=facts["start"], dtype=dtype.type)
     if kind == "MultiDiscrete":
         return MultiDiscrete(np.array(facts["nvec"]), dtype=dtype.type, start=np.array(facts["start"]))
-    if kind == "Box":
-        low, high = (_bounds_from_json(facts[name], facts["shape"], dtype) for name in ("low", "high"))
-        return Box(low, high, dtype=dtype.type)
-    raise ValueError(f"unknown space {kind!r}")
+    low, high = (_bounds_from_json(facts[name], facts["shape"], dtype) for name in ("low", "high"))
+    return Box(low, high, dtype=dtype.type)
 
 
 def _bounds_to_json(bounds: np.ndarray) -> list[Any]:

@@ -25,7 +25,7 @@ from rlhf.algorithms.trpo import TRPO
 from rlhf.checkpoint import Checkpoint, RunDirectory
 from rlhf.core.masking import masked_mean
 from rlhf.distributed import Distributed
-from rlhf.errors import TrainingError
+from rlhf.errors import InputError, TrainingError
 from rlhf.resume import check_resumable, load_optimizer_tensors, optimizer_tensors
 from rlhf.types import TrainingBatch, Trajectories
 from rlhf.update import update
@@ -34,7 +34,15 @@ Callback = Callable[[Agent, dict[str, float]], bool | None]
 """Called after every update with the agent and the step's metrics; returning False ends the training."""
 EnvLike = str | EnvFactory | VectorEnv
 
-_MAY_CHANGE = ("output_dir", "overwrite", "resume", "progress_bar", "checkpoint_every", "keep_checkpoints", "tensorboard")
+_MAY_CHANGE = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "progress_bar",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+)
 """Settings that do not change what a resumed run computes."""
 
 
@@ -85,10 +93,17 @@ class Training:
         self.agent, self.policy = agent, agent.policy.to(device)
         self._checkpoint: Checkpoint | None = None
         self.directory = self._open_directory()
+        if config.trust_region is not None and self.policy.shares_layers:
+            raise InputError(
+                "trust_region (TRPO) steps the policy alone, but policies of pictures and of your own features share their "
+                "first layers with the value function: use PPO there."
+            )
         self.algorithm = PPO(config.ppo) if config.trust_region is None else TRPO(config.ppo, config.trust_region)
         self.state = self.algorithm.initial_state()
         if "values" not in self.algorithm.needs:
-            self.policy.value_net.requires_grad_(False)  # several processes wait for a gradient of all that may have one
+            self.policy.value_net.requires_grad_(
+                False
+            )  # several processes wait for a gradient of all that may have one
         self._own_optimizer = make_optimizer(config, self.policy)
         self.model, self.optimizer = self.distributed.prepare(self.policy, self._own_optimizer)
         self.envs = make_vector_env(self._made_by, rows=rows, seed=config.seed, options=config.environment)
@@ -122,7 +137,9 @@ class Training:
         """Train until the planned steps are made or a callback returns False."""
         self._restore_once()
         config, stop = self.config, False
-        report = self.report = Report(config, self.distributed, first_update=self.updates, steps=self.agent.environment_steps)
+        report = self.report = Report(
+            config, self.distributed, first_update=self.updates, steps=self.agent.environment_steps
+        )
         try:
             while self.agent.environment_steps < self.schedule[1] and not stop:
                 before = self.agent.environment_steps

@@ -14,14 +14,15 @@ def record_video(agent: Agent, directory: str | Path, *, seed: int = 0) -> Path:
     directory = Path(directory)
     options = agent.environment_config()
     try:
-        env = make_env(agent.env, seed=seed, row=0, purpose=EVALUATION, options=options, render_mode="rgb_array")
-        env = gym.wrappers.RecordVideo(env, str(directory), name_prefix=agent.env.replace("/", "-"), disable_logger=True)
+        shown = make_env(agent.env, seed=seed, row=0, purpose=EVALUATION, options=options, render_mode="rgb_array")
+        name = agent.env.replace("/", "-")
+        env: gym.Env = gym.wrappers.RecordVideo(shown, str(directory), name_prefix=name, disable_logger=True)
     except gym.error.DependencyNotInstalled as error:
         raise InputError(f"--video needs a package that is missing: {error}. Try: pip install moviepy") from error
     observation, info = env.reset()
     over = False
     while not over:
-        action = agent.predict(observation, action_mask=info.get("action_mask"))
+        action = agent.predict(observation, action_mask=info.get("action_mask") if options.action_masks else None)
         observation, _, terminated, truncated, info = env.step(action)
         over = terminated or truncated
     env.close()

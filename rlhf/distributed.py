@@ -28,7 +28,8 @@ class Distributed:
         tracker: str | None = None,
         tracker_dir: str | None = None,
     ) -> None:
-        """cpu: leave a GPU alone. precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a name Accelerate knows."""
+        """cpu: leave a GPU alone. precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a name
+        that Accelerate knows."""
         try:
             self.accelerator = Accelerator(
                 cpu=cpu or not torch.cuda.is_available(),  # draws need float64, which Apple's GPUs lack

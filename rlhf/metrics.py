@@ -44,7 +44,11 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "entropy": ("mean entropy of the policy's distribution", "nats per token", "falls to 0 early, or keeps rising"),
     "policy_kl": ("KL(old || policy) of the update, k3 estimator", "nats per token", "above 0.05: too large a step"),
     "policy_kl_k1": ("KL(old || policy) of the update, k1 estimator; may be negative", "nats per token"),
-    "measured_kl": ("KL(old || policy) over the whole batch after the update", "nats per token", "far above the target"),
+    "measured_kl": (
+        "KL(old || policy) over the whole batch after the update",
+        "nats per token",
+        "far above the target",
+    ),
     "penalty_coef": ("coefficient of PPO-Penalty in this step", "1", "runs away: penalty_target is out of reach"),
     "clip_fraction_low": ("share of tokens clipped at the lower bound (advantage < 0)", "share", "above 0.3"),
     "clip_fraction_high": ("share of tokens clipped at the upper bound (advantage > 0)", "share", "above 0.3"),

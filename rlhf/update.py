@@ -98,7 +98,9 @@ def _epochs(
     batch: TrainingBatch, whiten_advantages: bool, config: UpdateConfig, seed: int, step: int
 ) -> Iterator[Iterator[TrainingBatch]]:
     """The minibatches of each epoch, in an order that (seed, step, epoch) decides."""
-    if config.minibatch_size is None or config.minibatch_size >= batch.rows:  # each is the whole batch: made once, its order does not matter
+    if (
+        config.minibatch_size is None or config.minibatch_size >= batch.rows
+    ):  # each is the whole batch: made once, its order does not matter
         whole = _minibatch(batch, whiten_advantages)
         yield from (iter([whole]) for _ in range(config.num_epochs))
         return

@@ -62,8 +62,8 @@ def draw(numbers: Mapping[str, Any]) -> Any:
         for advantage, objective, colour in curves:
             if (advantage > 0) == positive:
                 axes.plot(numbers["ratio"], objective, color=colour, linewidth=2, label=f"A = {advantage:+g}")
-        for bound, name in ((low, "1 - epsilon"), (high, "1 + epsilon")):
-            axes.axvline(bound, color="grey", linestyle="--", linewidth=1, label=f"{name} = {bound:g}")
+        for bound, name in ((low, f"bounds 1 - epsilon = {low:g}, 1 + epsilon = {high:g}"), (high, None)):
+            axes.axvline(bound, color="grey", linestyle="--", linewidth=1, label=name)
         axes.axvline(1, color="lightgrey", linewidth=1)
         sign = "good actions (A > 0)" if positive else "bad actions (A < 0)"
         tidy(

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from gym_baselines.figures.curves import evaluation_points
 from gym_baselines.figures.settings import TrainedFigureConfig
 from gym_baselines.figures.style import COLOURS, at_grid, common_grid, new_figure, seeds_text, steps_text, tidy
 from gym_baselines.jobs import Job
 from rlhf.errors import InputError
 
 JUDGED = 0.95
+CURVE_POINTS = 40
+KEEP = {"series": ("environment_steps", "episode_return"), "measure_kl": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class Config(TrainedFigureConfig):
     """Values of gae_lambda."""
     total_steps: int = 200_000
     """Environment steps of every run."""
-    eval_every: int = 20_000
-    """Environment steps between two evaluations."""
+    eval_every: int = 200_000
+    """Environment steps between two evaluations, which this figure does not need: it shows the episodes of training."""
     num_envs: int = 8
     """Environments played side by side."""
     rollout_steps: int = 256
@@ -60,7 +61,7 @@ def jobs(config: Config) -> list[Job]:
     return [
         Job(
             f"lambda{value:g}-seed{seed}",
-            config.spec(config.env, "ppo", seed, changes=changes | {"gae_lambda": value}, measure_kl=False),
+            config.spec(config.env, "ppo", seed, changes=changes | {"gae_lambda": value}, **KEEP),
         )
         for seed in range(config.seeds)
         for value in sorted(config.lambdas)
@@ -81,18 +82,22 @@ def numbers(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
                 "mean": float(together.mean()),
                 "std": float(together.std()),
                 "mean_by_seed": [float(np.mean(returns)) for returns in last],
-                "curves": [evaluation_points(run) for run in runs],
+                "curves": [_training_curve(run) for run in runs],
             }
         )
     return {
         "env": config.env,
         "seeds": config.seeds,
         "total_steps": config.total_steps,
-        "eval_every": config.eval_every,
-        "eval_episodes": config.eval_episodes,
         "episodes": min(len(returns) for row in rows for returns in row["last_returns"]),
         "rows": rows,
     }
+
+
+def _training_curve(run: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(steps, mean return of the last 100 episodes) after each update."""
+    pairs = zip(run["series"]["environment_steps"], run["series"]["episode_return"], strict=True)
+    return [(steps, value) for steps, value in pairs if value is not None]
 
 
 def draw(numbers: Mapping[str, Any]) -> Any:
@@ -103,7 +108,7 @@ def draw(numbers: Mapping[str, Any]) -> Any:
         bars.errorbar(place, row["mean"], row["std"], color=colour, marker="s", markersize=7, capsize=5, linewidth=1.6)
         offsets = np.linspace(-0.12, 0.12, len(row["mean_by_seed"])) if len(row["mean_by_seed"]) > 1 else [0.12]
         bars.scatter(place + 0.25 + offsets, row["mean_by_seed"], s=14, facecolors="none", edgecolors=colour)
-        grid = common_grid(row["curves"], numbers["eval_every"])
+        grid = common_grid(row["curves"], numbers["total_steps"] / CURVE_POINTS)
         by_seed = np.array([at_grid(curve, grid) for curve in row["curves"]])
         curves.plot(
             grid / 1000, np.nanmedian(by_seed, 0), color=colour, linewidth=1.8, label=f"lambda {row['lambda']:g}"
@@ -120,7 +125,7 @@ def draw(numbers: Mapping[str, Any]) -> Any:
         curves,
         title="learning: median over seeds",
         x="environment steps, thousands",
-        y=f"mean return of {numbers['eval_episodes']} greedy episodes",
+        y="mean return of the last 100 training episodes",
     )
     curves.legend(fontsize="small", frameon=False)
     steps = steps_text(numbers["total_steps"])

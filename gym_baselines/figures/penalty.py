@@ -89,24 +89,30 @@ def draw(numbers: Mapping[str, Any]) -> Any:
         kl.scatter(steps, measured, color=colour, s=5, alpha=0.35, linewidths=0)
         kl.plot(steps, _running_median(measured), color=colour, linewidth=1.4)
     coefficient.set_yscale("log", base=2)
+    coefficient.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     kl.set_yscale("log")
-    for (name, curves), colour in zip(numbers["curves"].items(), COLOURS, strict=False):
+    for (name, curves), colour in zip(numbers["curves"].items(), ("black", COLOURS[4]), strict=True):
         grid = common_grid(curves, numbers["eval_every"])
         band(
             returns, grid / 1000, np.array([at_grid(curve, grid) for curve in curves]), colour=colour, label=NAMES[name]
         )
     x = "environment steps, thousands"
-    tidy(coefficient, title="coefficient of the penalty", x=x, y="beta (log scale)")
+    tidy(coefficient, title="coefficient of the penalty, used in each update", x=x, y="beta (log scale)")
     tidy(
         kl,
-        title="KL of each update (line: running median of 15)",
+        title="KL of each update\n(line: running median of 15)",
         x=x,
         y="KL(old || policy) after the update, nats (log)",
     )
-    tidy(returns, title="return beside PPO-Clip", x=x, y=f"mean return of {numbers['eval_episodes']} greedy episodes")
+    tidy(
+        returns,
+        title=f"return beside PPO-Clip\n{seeds_text(numbers['seeds'])}",
+        x=x,
+        y=f"mean return of {numbers['eval_episodes']} greedy episodes",
+    )
     for axes in (coefficient, kl, returns):
         axes.legend(fontsize="small", frameon=False)
-    figure.suptitle(f"PPO-Penalty on {numbers['env']}, {seeds_text(numbers['seeds'])}", fontsize="large")
+    figure.suptitle(f"PPO-Penalty on {numbers['env']}", fontsize="large")
     return figure
 
 

@@ -207,9 +207,7 @@ class PPO:
         old = batch.old_logprobs
         if config.surrogate == "unclipped":
             return unclipped_surrogate(outputs.logprobs, old, batch.advantages, mask)
-        return clipped_surrogate(
-            outputs.logprobs, old, batch.advantages, mask, **bounds, dual_clip=config.dual_clip
-        )
+        return clipped_surrogate(outputs.logprobs, old, batch.advantages, mask, **bounds, dual_clip=config.dual_clip)
 
     def _penalty(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Tensor:
         """KL(old || policy) per element: exact where the policy can tell, else k3, whose gradient is unbiased here."""

@@ -9,6 +9,7 @@ from torch import distributions as td
 from torch.nn.functional import softplus
 
 from rlhf.core.distributions import MASKED_LOGIT, Categorical, Gaussian, MultiCategorical, SquashedGaussian
+from rlhf.core.logprobs import token_logprobs
 from tests.controls import refute
 
 F64 = torch.float64
@@ -49,6 +50,7 @@ def test_categorical_agrees_with_torch():
     close(family.logprobs(params, actions), ours.log_prob(actions))
     close(family.entropy(params), ours.entropy())
     close(family.kl(params, others), td.kl_divergence(ours, other))
+    close(family.logprobs(params, actions), token_logprobs(params, actions))  # an action is scored like a token
 
 
 def test_gaussian_agrees_with_torch():

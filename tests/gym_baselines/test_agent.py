@@ -199,7 +199,7 @@ def test_a_feature_module_is_needed_again_and_its_weights_come_back(tmp_path):
 
     ours = Agent(policy=ActorCritic(VECTOR, Discrete(3), seed=1, features=features), env="Some-v0")
     ours.save(tmp_path)
-    with pytest.raises(InputError, match="feature module.*features="):
+    with pytest.raises(InputError, match=r"feature module.*features="):
         Agent.load(tmp_path)
     loaded = Agent.load(tmp_path, features=features)
     observations = torch.from_numpy(seen(VECTOR))

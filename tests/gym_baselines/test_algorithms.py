@@ -1,7 +1,8 @@
 """The algorithms through the public classes: which of them are the same, what REINFORCE learns from, and daily use."""
 
+import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -79,35 +80,35 @@ A_SPECIAL_CASE = {
     "optimizer": "rmsprop",
     "n_steps": 5,
     "learning_rate": 7e-4,
-    "lr_schedule": "constant",
 }
-SHARED = {"n_envs": 3, "seed": 4, "progress_bar": False, "entropy_coef": 0.01, "gamma": 0.98, "anneal_clip": False}
+SHARED = {"n_envs": 3, "seed": 4, "progress_bar": False, "entropy_coef": 0.01, "gamma": 0.98, "lr_schedule": "constant"}
+
+
+@cache
+def a2c_weights(env) -> dict[str, torch.Tensor]:
+    learner = A2C(env, **SHARED).learn(180)
+    assert learner.config.ppo.surrogate == "score"
+    return weights(learner)
 
 
 def check_a2c_is_ppo(env, **changes) -> None:
-    """Two dozen updates, PPO's with its clip: one epoch at ratio 1 never meets it."""
-    a2c = A2C(env, **SHARED).learn(360)
-    ppo = PPO(env, **{**A_SPECIAL_CASE, **changes}, **SHARED).learn(360)
-    assert a2c.config.ppo.surrogate == "score" and ppo.config.ppo.surrogate == "clipped"
-    start = PPO(env, **{**A_SPECIAL_CASE, "learning_rate": 1e-30}, **SHARED).learn(1)
-    assert weights(a2c)["policy_net.0.weight"].dtype == torch.float64
-    assert gap(weights(a2c), weights(start)) > 1e-3  # it has moved
-    assert gap(weights(a2c), weights(ppo)) <= 1e-12
+    """A dozen updates, PPO's with its clip: one epoch at ratio 1 never meets it."""
+    ppo = PPO(env, **{**A_SPECIAL_CASE, **changes}, **SHARED).learn(180)
+    assert ppo.config.ppo.surrogate == "clipped"
+    assert gap(a2c_weights(env), weights(ppo)) <= 1e-12
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", Aim], ids=["CartPole", "Gaussian"])
 def test_a2c_is_ppo_with_one_epoch_over_the_whole_rollout(double, env):
     check_a2c_is_ppo(env)
+    assert a2c_weights(env)["policy_net.0.weight"].dtype == torch.float64
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"n_epochs": 2},
-        {"gae_lambda": 0.95},
-        {"normalize_advantages": "batch"},
-        {"optimizer": "adam"},
-        {"value_coef": 0.5},
+        *({"n_epochs": 2}, {"gae_lambda": 0.95}, {"normalize_advantages": "batch"}),
+        *({"optimizer": "adam"}, {"value_coef": 0.5}, {"learning_rate": 1e-12}),
     ],
     ids=str,
 )
@@ -256,15 +257,14 @@ def test_with_a_baseline_whole_episodes_bootstrap_from_the_value_of_what_followe
 
 @pytest.mark.parametrize("autoreset", ["next_step", "same_step", "disabled"])
 def test_reinforce_without_a_baseline_trains_on_exactly_that(ledgers, monkeypatch, double, autoreset):
-    from gym_baselines import train
-
-    batches, real = [], train.update
+    module = sys.modules["gym_baselines.train"]  # the package's attribute of that name is the function
+    batches, real = [], module.update
 
     def recorded(policy, algorithm, batch, *args, **kw):
         batches.append(batch)
         return real(policy, algorithm, batch, *args, **kw)
 
-    monkeypatch.setattr(train, "update", recorded)
+    monkeypatch.setattr(module, "update", recorded)
     learner = Reinforce(
         Ledger,
         baseline="none",
@@ -306,7 +306,6 @@ def test_steps_add_up_to_at_least_what_was_asked_and_at_most_a_rollout_more():
     learner = small(PPO).learn(50)
     assert learner.num_timesteps == 64
     assert learner.learn(1).num_timesteps == 96
-    assert learner.config.total_steps >= 65
 
 
 def test_the_learning_rate_falls_to_zero_over_each_call_anew():
@@ -344,17 +343,17 @@ def test_a_learner_that_was_loaded_or_closed_learns_as_many_steps_as_it_is_told(
 # --- what is learnt: naming a symbol, 10 per episode; chance gives 3.3 ---
 
 FAST = {
-    PPO: {"n_steps": 32, "batch_size": 32, "n_epochs": 4, "learning_rate": 3e-3},
-    PPOPenalty: {"n_steps": 32, "batch_size": 32, "n_epochs": 4, "learning_rate": 3e-3},
+    PPO: {"n_steps": 32, "batch_size": 64, "n_epochs": 4, "learning_rate": 1e-2},
+    PPOPenalty: {"n_steps": 32, "batch_size": 64, "n_epochs": 4, "learning_rate": 1e-2},
     A2C: {"n_steps": 10, "learning_rate": 5e-3},
-    Reinforce: {"n_steps": 20, "learning_rate": 1e-2},
-    TRPO: {"n_steps": 64, "batch_size": 64, "n_epochs": 2, "max_kl": 0.05, "damping": 0.01},
+    Reinforce: {"n_steps": 20, "learning_rate": 2e-2},
+    TRPO: {"n_steps": 64, "batch_size": 128, "n_epochs": 1, "max_kl": 0.1, "damping": 0.01},
 }
 
 
-def learnt(cls, **changes) -> float:
+def learnt(cls, **changes) -> Agent:
     settings = {"n_envs": 4, "progress_bar": False, "seed": 1, **FAST[cls], **changes}
-    return cls(Identity, **settings).learn(2400, callbacks=StopAtReturn(9.9)).agent
+    return cls(Identity, **settings).learn(2400 if cls is A2C else 1200).agent
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -419,6 +418,12 @@ def test_a_loaded_learner_predicts_what_the_saved_one_does(cls, tmp_path):
     assert evaluate(loaded, Identity, episodes=5).returns.tolist() == evaluate(learner, episodes=5).returns.tolist()
 
 
+@pytest.mark.xfail(strict=True, reason="learn(64.0) is taken and saved as 64.0, which load refuses as mistyped")
+def test_a_round_number_of_steps_may_be_a_float_as_in_learn_1e6(tmp_path):
+    small(PPO).learn(64.0).save(tmp_path)
+    assert PPO.load(tmp_path).num_timesteps == 64
+
+
 def test_settings_can_be_changed_when_loading(trained, tmp_path):
     trained.save(tmp_path)
     assert PPO.load(tmp_path, learning_rate=0.5, n_epochs=7).config.update.num_epochs == 7
@@ -463,6 +468,15 @@ def test_a_vector_environment_says_itself_how_many_it_holds():
     learner = PPO(envs, n_steps=16, batch_size=48, n_epochs=1, progress_bar=False).learn(96)
     assert learner.config.num_envs == 3 and learner.num_timesteps == 96
     assert evaluate(learner, Identity, episodes=3).returns.shape == (3,)
+
+
+@pytest.mark.xfail(strict=True, reason="found out at the first evaluation, when a part of the training is lost")
+def test_evaluation_of_a_vector_environment_is_refused_before_training():
+    envs, updates = SyncVectorEnv([Identity] * 2, autoreset_mode=AutoresetMode.SAME_STEP), []
+    learner = small(PPO, envs, eval_every=64)
+    with pytest.raises(InputError):
+        learner.learn(64, callbacks=lambda agent, metrics: updates.append(metrics))
+    assert learner.num_timesteps == 0
 
 
 def test_a_partial_or_a_lambda_is_a_factory_too():

@@ -279,7 +279,7 @@ class Frames(Lives):
 
     def __init__(self, sticky=0.0):
         super().__init__()
-        self.ale, self.played = SimpleNamespace(getFloat=lambda name: sticky, cloneState=lambda: None), []
+        self.ale, self.played = SimpleNamespace(getFloat=lambda name: sticky, cloneState=str, restoreState=bool), []
 
     def step(self, action):
         self.played.append(action)
@@ -297,6 +297,17 @@ def test_actions_stick_as_often_as_asked_for():
             env.step(action)
         wrong = np.mean(np.array(env.unwrapped.played) != wanted)
         assert abs(wrong - p / (1 + p)) <= 5 * (p / 20_000) ** 0.5
+
+
+def test_no_action_sticks_beyond_the_end_of_a_game():
+    env = SeededGame(Frames())
+    env.reset(seed=0)
+    env.step(MOVE)
+    env.sticky_actions = 1.0
+    env.step(FIRE)
+    env.reset(seed=0)
+    env.step(FIRE)
+    assert env.unwrapped.played == [MOVE, MOVE, NOOP]
 
 
 @pytest.mark.parametrize(

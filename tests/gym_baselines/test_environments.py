@@ -58,6 +58,7 @@ def play(envs, steps, seed):
     "name, limit, counts",
     [
         ("CartPole-v1", None, [0, 1, 2, 57, 130]),
+        ("CartPole-v1", 1, [3, 97, 2, 40]),  # many episodes, and back and forth between them
         ("Pendulum-v1", 7, [5, 7, 8, 23]),  # the limit falls on the interruption, and just before it
         ("LunarLander-v3", None, [60, 130]),
         ("Hopper-v5", None, [24, 45]),

@@ -468,6 +468,8 @@ def test_a_policy_with_a_normalizer_is_one_without_on_normalised_observations_an
 
 BAD_CONFIGS = {
     "an empty layer": ({"hidden_sizes": (64, 0)}, ["hidden_sizes", "0"]),
+    "a width alone": ({"hidden_sizes": 64}, ["hidden_sizes", "64"]),
+    "Stable-Baselines3's dictionary": ({"hidden_sizes": {"pi": [64], "vf": [64]}}, ["hidden_sizes", "'pi'"]),
     "an unknown activation": ({"activation": "sin"}, ["activation", "sin", "tanh"]),
     "an unknown encoder": ({"encoder": "resnet"}, ["encoder", "resnet", "nature_cnn"]),
     "a deviation that is no number": ({"log_std_init": float("nan")}, ["log_std_init", "nan"]),
