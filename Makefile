@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help ppo cartpole test test-slow bench lint clean
+.PHONY: help ppo cartpole test test-slow bench bench-control figures lint clean
 
 help:
 	@echo "make ppo        fine-tune a small language model with PPO against a learnt reward model (offline, minutes)"
 	@echo "make cartpole   the same PPO balances CartPole (a minute or two)"
 	@echo "make test       the tests        make test-slow   the long ones       make lint    ruff and mypy"
-	@echo "make bench      the figures of the README"
+	@echo "make bench      the figures of the README    make bench-control   those of docs/control.md (hours)"
+	@echo "make figures    the plots of docs/control.md (an hour)"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,19 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/embedded_seeds.py
+
+bench-control: $(READY)
+	$(BIN)/python benchmarks/control_speed.py
+	$(BIN)/python -m gym_baselines compare --env CartPole-v1 --algorithms ppo --seeds 10 --eval_episodes 100
+	$(BIN)/python -m gym_baselines compare --env CartPole-v1 --algorithms ppo_penalty,trpo,sb3_ppo,sb3_trpo,sb3_dqn --output_dir runs/compare-CartPole-v1-100k
+	$(BIN)/python -m gym_baselines compare --env CartPole-v1 --algorithms a2c,reinforce --eval_every 25000 --output_dir runs/compare-CartPole-v1-500k
+	$(BIN)/python -m gym_baselines compare --env Pendulum-v1 --algorithms ppo,sb3_sac --eval_every 10000 --final_episodes 50
+	$(BIN)/python -m gym_baselines compare --env LunarLander-v3 --algorithms ppo --eval_every 100000
+	$(BIN)/python -m gym_baselines compare --env Hopper-v5 --algorithms ppo,sb3_ppo --seeds 2 --total_steps 300000 --eval_every 30000
+	$(BIN)/python -m gym_baselines compare --env HalfCheetah-v5 --algorithms ppo,sb3_ppo --seeds 2 --total_steps 300000 --eval_every 30000
+
+figures: $(READY)
+	for name in clip-objective step-size gae-lambda penalty vector-envs; do $(BIN)/python -m gym_baselines plot $$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from gym_baselines.agent import Agent
 from gym_baselines.config import TrainConfig
 from gym_baselines.evaluate import evaluate
 from gym_baselines.presets import is_tuned, preset
-from gym_baselines.train import make_group, train
+from gym_baselines.train import Training, make_group
 from gym_baselines.video import record_video
 from rlhf.cli import guard, parse
 from rlhf.errors import InputError
@@ -47,18 +47,21 @@ def train_command(argv: Sequence[str]) -> None:
     """Train, save, and evaluate the result over 100 episodes, greedily and as it was trained."""
     config = parse_config(argv)
     distributed = make_group(config)
+    training = Training(config, distributed=distributed)
     if distributed.is_main:
         print(summary(config, distributed.world_size))
     try:
-        agent = train(config, distributed=distributed)
+        training.run()
     except KeyboardInterrupt:
         print(f"interrupted; continue with the same command and --resume (checkpoints are in {config.output_dir})")
         sys.exit(130)
+    finally:
+        training.close()
+    agent = training.agent
     if distributed.is_main:
         results = report(agent, episodes=100, seed=config.seed)
         (Path(str(config.output_dir)) / EVALUATION_FILE).write_text(json.dumps(results, sort_keys=True) + "\n")
         print(f"agent and metrics are in {config.output_dir}: python -m gym_baselines evaluate {config.output_dir}")
-    distributed.close()
 
 
 def evaluate_command(argv: Sequence[str]) -> None:
@@ -91,22 +94,27 @@ def summary(config: TrainConfig, num_processes: int) -> str:
     size = min(update.minibatch_size or config.batch_size, config.batch_size)
     minibatches = -(-config.batch_size // size)
     origin = "tuned" if is_tuned(config.env, config.algorithm) else "general"
+    first = "a trust-region step, then " if config.trust_region is not None else ""
     return (
-        f"{config.algorithm} on {config.env}, seed {config.seed}, "
-        f"{num_processes} process{'es' if num_processes > 1 else ''}: "
-        f"{config.num_envs} environments x {config.rollout_steps} steps = {config.batch_size} transitions per rollout; "
-        f"{update.num_epochs} epochs x {minibatches} minibatches of {size} = {update.num_epochs * minibatches} optimizer "
-        f"steps; about {-(-config.total_steps // config.batch_size)} updates ({origin} settings)"
+        f"{config.algorithm} on {config.env}, {origin} settings, seed {config.seed}, {_count(num_processes, 'process')}\n"
+        f"about {_count(-(-config.total_steps // config.batch_size), 'update')} of {_count(config.num_envs, 'environment')} x "
+        f"{_count(config.rollout_steps, 'step')} = {config.batch_size} transitions; in each, {first}"
+        f"{_count(update.num_epochs, 'epoch')} x {_count(minibatches, 'minibatch')} of {size} = "
+        f"{_count(update.num_epochs * minibatches, 'optimizer step')}"
     )
+
+
+def _count(number: int, what: str) -> str:
+    plural = {"process": "processes", "minibatch": "minibatches"}.get(what, f"{what}s")
+    return f"{number} {what if number == 1 else plural}"
 
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:
     """Settings: the preset of environment and algorithm, then `--config FILE.yaml`, then the command line."""
-    env, algorithm = (_named(argv, name) for name in ("env", "algorithm"))
-    tuned = preset(env or TrainConfig.env, algorithm or TrainConfig.algorithm)
-    config = parse(TrainConfig, argv, description="Train on a Gymnasium environment.", defaults=asdict(tuned))
-    name = f"{config.env.replace('/', '-')}-{config.algorithm}-seed{config.seed}"
-    return config if config.output_dir is not None else replace(config, output_dir=f"runs/{name}")
+    env, algorithm = _named(argv, "env") or TrainConfig.env, _named(argv, "algorithm") or TrainConfig.algorithm
+    folder = f"runs/{env.replace('/', '-')}-{algorithm}-seed{_named(argv, 'seed') or TrainConfig.seed}"
+    tuned = preset(env, algorithm, output_dir=folder)
+    return parse(TrainConfig, argv, description="Train on a Gymnasium environment.", defaults=asdict(tuned))
 
 
 def _named(argv: Sequence[str], setting: str) -> str | None:
@@ -124,7 +132,7 @@ def _named(argv: Sequence[str], setting: str) -> str | None:
                 f"--config {options.config} cannot be read as YAML: {' '.join(str(error).split())}"
             ) from error
     named = settings.get(setting) if isinstance(settings, dict) else None
-    return getattr(options, setting) or (named if isinstance(named, str) else None)
+    return getattr(options, setting) or (str(named) if isinstance(named, str | int) else None)
 
 
 if __name__ == "__main__":

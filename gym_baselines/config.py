@@ -124,6 +124,11 @@ class TrainConfig:
                 "ppo.baseline 'none' needs the whole return of each step, and rollouts may end before an episode does: "
                 "set whole_episodes to true, or baseline to value."
             )
+        if (self.trust_region is not None) != (self.algorithm == "trpo"):
+            raise InputError(
+                f"algorithm = {self.algorithm!r} and trust_region {'set' if self.trust_region else 'null'} contradict each "
+                "other: TRPO is the algorithm with a trust region. Start from algorithm trpo, or leave trust_region alone."
+            )
         if self.trust_region is not None and ppo.normalize_advantages == "minibatch":
             raise InputError(
                 "trust_region makes one step with the whole batch: set ppo.normalize_advantages to batch (or none)."

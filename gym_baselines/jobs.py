@@ -78,7 +78,7 @@ def _stored(job: Job, folder: Path) -> bool:
     if not path.exists():
         return False
     stored, wanted = read_result(path), key_of(job.spec)
-    differ = [name for group in wanted for name in _differences(wanted[group], stored.get(group))]
+    differ = [name for group in wanted for name in _differences(wanted[group], stored.get(group), group)]
     if differ:
         raise InputError(
             f"{path} was measured with other settings ({', '.join(differ)}). Name another output_dir, or measure again "
@@ -87,12 +87,12 @@ def _stored(job: Job, folder: Path) -> bool:
     return True
 
 
-def _differences(wanted: Any, stored: Any, name: str = "") -> list[str]:
+def _differences(wanted: Any, stored: Any, name: str) -> list[str]:
     """Dotted names of the settings that differ."""
     if not isinstance(wanted, dict) or not isinstance(stored, dict):
-        return [] if wanted == stored else [name or "all"]
-    inner = {key: f"{name}.{key}".lstrip(".") for key in {**wanted, **stored}}
-    return [found for key, full in inner.items() for found in _differences(wanted.get(key), stored.get(key), full)]
+        return [] if wanted == stored else [name]
+    keys = {**wanted, **stored}
+    return [found for key in keys for found in _differences(wanted.get(key), stored.get(key), f"{name}.{key}")]
 
 
 def _run(job: Job, folder: Path, bar: tqdm, children: list[subprocess.Popen[str]]) -> None:

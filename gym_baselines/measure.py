@@ -254,6 +254,7 @@ def warm_up() -> None:
 
 def measured_lines(spec: RunSpec) -> dict[str, Any]:
     """Lines of the library that a short training run executes: "lines" is file -> numbers. See lines_of_code.py."""
+    warm_up()
     if spec.algorithm.startswith(PEER_PREFIX):
         from gym_baselines.peers import peer_lines
 

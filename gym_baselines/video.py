@@ -1,5 +1,6 @@
 """A video of a saved agent, on request: training never renders."""
 
+import os
 from pathlib import Path
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from rlhf.errors import InputError
 def record_video(agent: Agent, directory: str | Path, *, seed: int = 0) -> Path:
     """Record one greedy episode as an MP4 in `directory`. Needs moviepy (the extra `video`)."""
     directory = Path(directory)
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # some environments draw with SDL, which looks for a screen
     options = agent.environment_config()
     try:
         shown = make_env(agent.env, seed=seed, row=0, purpose=EVALUATION, options=options, render_mode="rgb_array")

@@ -1,4 +1,4 @@
-"""The steps of an update: a minibatch of rows -> one optimizer step, microbatch by microbatch, on one or many processes.
+"""How optimizer steps are made: a minibatch of rows -> gradients, microbatch by microbatch, on one or many processes.
 
 The optimizer step does not depend on how rows are spread over processes or cut into microbatches: every process holds the
 whole batch, and denominators are those of the minibatch.
@@ -22,26 +22,31 @@ from rlhf.metrics import MetricSums
 from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
 
 Minibatch = Tensor | None
-"""The rows of a minibatch, int64; None for all of the batch."""
+"""The rows of a minibatch, (rows,) int64; None for all of the batch."""
+StopReason = Literal["target_kl", "gradient"]
 
 
 class Outcome(NamedTuple):
-    """How many optimizer steps were made, and why not all, if so. The step that stopped was not made."""
+    """How many optimizer steps were made; `stopped_by` says why the next one was not, if minibatches were left."""
 
     steps: int
-    stopped_by: Literal["target_kl", "gradient"] | None = None
+    stopped_by: StopReason | None = None
 
 
 class Stepper(Protocol):
-    """Makes the optimizer steps of a run; made once for it by `rlhf.update.make_stepper`."""
+    """What makes the optimizer steps of a run; `rlhf.update.make_stepper` builds one."""
 
     def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
-        """One step per minibatch until target_kl or a gradient that is not finite stops it; metrics go to `sums`."""
+        """One step per minibatch, until one would exceed the target KL or has a gradient that is not finite.
+
+        Such a step is not made. Metrics are added to `sums`. Afterwards the policy's parameters and the optimizer's state
+        are those of the last step made, whatever the stepper keeps meanwhile.
+        """
         ...
 
 
 class EagerStepper:
-    """Steps made operation by operation: for every model, optimizer and number of processes."""
+    """Operation by operation: for every model, optimizer and number of processes."""
 
     def __init__(
         self,
@@ -56,29 +61,120 @@ class EagerStepper:
     ) -> None:
         self.policy, self.algorithm, self.optimizer, self.distributed = policy, algorithm, optimizer, distributed
         self.max_grad_norm, self.target_kl, self.microbatch_tokens = max_grad_norm, target_kl, microbatch_tokens
-        self.parameters = list(policy.parameters())
+        self.parameters = list(policy.parameters())  # finding them anew for each step costs more than clipping
+        self._alone = distributed.world_size == 1 and distributed.strategy == "NO"  # gradients lie in the parameters
 
     def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
-        whole = one = None
-        steps = 0
+        whiten_advantages, whole, one, steps = self.algorithm.whiten_minibatch, None, batch.old_logprobs.new_ones(()), 0
         for rows in minibatches:
-            if rows is None:  # the same every time, so it is prepared once
-                minibatch = whole = whole or prepare_minibatch(batch, self.algorithm.whiten_minibatch)
-            else:
-                minibatch = prepare_minibatch(batch.select(rows), self.algorithm.whiten_minibatch)
-            self._clear()
-            kl = self._accumulate(minibatch, sums)
-            if self.target_kl is not None and self.distributed.all_sum(kl) > 1.5 * self.target_kl:
-                return self._ended(steps, "target_kl")
-            norm = self._clip()
-            if not isfinite(norm.item()):
-                return self._ended(steps, "gradient")
+            if rows is not None:
+                minibatch = prepare_minibatch(batch.select(rows), whiten_advantages)
+            else:  # the same every time, so it is made once
+                minibatch = whole = whole or prepare_minibatch(batch, whiten_advantages)
+            self._clear_gradients()
+            kl = self._accumulate_gradients(minibatch, sums)
+            if kl is not None and self.distributed.all_sum(kl) > 1.5 * self.target_kl:  # type: ignore[operator]
+                return self._outcome(steps, "target_kl")
+            norm = self._clip_gradients()
+            if not isfinite(norm):
+                return self._outcome(steps, "gradient")
             self.optimizer.step()
-            one = norm.new_ones(()) if one is None else one
-            sums.add({"grad_norm": (norm, one)})
             steps += 1
-        return self._ended(steps)
+            sums.add({"grad_norm": (norm, one)})
+        return self._outcome(steps)
 
-    def _ended(self, steps: int, stopped_by: Literal["target_kl", "gradient"] | None = None) -> Outcome:
-        self._clear()  # the gradients' memory
+    def _accumulate_gradients(self, minibatch: TrainingBatch, sums: MetricSums) -> Tensor | None:
+        """Add up this process's part of the minibatch's gradient.
+
+        Returns its part of the mean KL(old || policy), if there is a target for it.
+        """
+        group, kl = self.distributed, None if self.target_kl is None else minibatch.old_logprobs.new_zeros(())
+        microbatches = split_minibatch(minibatch, self.microbatch_tokens, group.rank, group.world_size)
+        for number, microbatch in enumerate(microbatches):
+            with group.accumulate(self.policy, last=number == len(microbatches) - 1):
+                loss, metrics = self.algorithm.loss(forward(self.policy, self.algorithm, microbatch), microbatch)
+                group.backward(loss)
+            sums.add(metrics)
+            if kl is not None:
+                kl = kl + metrics["policy_kl"][0] / minibatch.mask.sum()
+        return kl
+
+    def _clip_gradients(self) -> Tensor:
+        """Scale the gradient down to max_grad_norm; its norm before."""
+        if not self._alone:
+            return self.distributed.clip_gradients(self.policy, self.max_grad_norm)
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if norm + 1e-6 > self.max_grad_norm:  # otherwise the factor max_grad_norm / (norm + 1e-6) is cut to 1
+            clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        return norm
+
+    def _clear_gradients(self) -> None:
+        if self._alone:
+            for parameter in self.parameters:
+                parameter.grad = None
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _outcome(self, steps: int, stopped_by: StopReason | None = None) -> Outcome:
+        self._clear_gradients()  # their memory
         return Outcome(steps, stopped_by)
+
+
+def prepare_minibatch(minibatch: TrainingBatch, whiten_advantages: bool) -> TrainingBatch:
+    """The minibatch with its global denominators; no collective, since every process holds all of it."""
+    made: dict[int, Tensor] = {}  # terms often share one count
+    for weighting in minibatch.weightings.values():
+        if id(weighting.count) not in made:
+            made[id(weighting.count)] = weighting.count.sum().clamp(min=1e-8)
+    denominators = {name: made[id(weighting.count)] for name, weighting in minibatch.weightings.items()}
+    if not whiten_advantages:
+        return replace(minibatch, denominators=denominators)
+    counts = minibatch.mask & (minibatch.weightings["policy"].weight != 0)
+    return replace(minibatch, denominators=denominators, advantages=whiten(minibatch.advantages, counts))
+
+
+def forward(policy: Callable[..., PolicyOutputs], algorithm: Algorithm, batch: TrainingBatch) -> PolicyOutputs:
+    """The policy's outputs on a microbatch, as far as the algorithm needs them."""
+    needs = algorithm.needs
+    old = {"old_distribution": batch.old_distribution} if batch.old_distribution is not None else {}
+    return policy(batch.inputs, batch.actions, with_values="values" in needs, with_entropy="entropy" in needs, **old)
+
+
+def split_minibatch(
+    minibatch: TrainingBatch, microbatch_tokens: int, rank: int, world_size: int
+) -> list[TrainingBatch]:
+    """This process's microbatches: its share of the rows, of similar length together, cut to their longest row.
+
+    All processes get the same number, because sharded models exchange weights in every forward; one that has run out of
+    rows computes a row of weight 0.
+    """
+    if world_size == 1 and minibatch.actions.shape[1] == 1 and minibatch.rows <= microbatch_tokens:
+        return [minibatch]  # control tasks: nothing to sort, nothing to cut
+    tokens = minibatch.row_tokens.tolist()
+    shares = [_fill(tokens, range(r, minibatch.rows, world_size), microbatch_tokens) for r in range(world_size)]
+    count = max(len(share) for share in shares)
+    microbatches = []
+    for rows in shares[rank] + [[]] * (count - len(shares[rank])):
+        selected = minibatch.select(torch.tensor(rows or [0], device=minibatch.mask.device))
+        used = selected.mask.any(0).nonzero()
+        selected = selected.select(slice(None), time=int(used.max()) + 1 if len(used) else 1)
+        microbatches.append(selected if rows else weightless(selected))
+    return microbatches
+
+
+def _fill(tokens: list[int], rows: range, limit: int) -> list[list[int]]:
+    """Rows sorted by length, in groups whose padded size (rows x longest) keeps to `limit`; a longer row stands alone."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: -tokens[row]):
+        if groups and (len(groups[-1]) + 1) * tokens[groups[-1][0]] <= limit:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def weightless(batch: TrainingBatch) -> TrainingBatch:
+    """The batch with weight 0 in every loss term."""
+    return replace(
+        batch, weightings={name: Weighting(w.weight * 0, w.count * 0) for name, w in batch.weightings.items()}
+    )

@@ -1,25 +1,26 @@
-"""From a batch of advantages to new weights: epochs x minibatches x microbatches, for every algorithm with a loss.
+"""From a batch of advantages to new weights: epochs x minibatches, for every algorithm with a loss.
 
-The optimizer step does not depend on how rows are spread over processes or cut into microbatches: every process holds the
-whole batch, membership of a minibatch is a function of (seed, step, epoch), and denominators are those of the minibatch.
+Every process holds the whole batch, and membership of a minibatch is a function of (seed, step, epoch). rlhf/steppers.py
+makes the steps.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from rlhf.algorithms import Algorithm, State
 from rlhf.core.kl import kl_estimate
-from rlhf.core.masking import masked_sum, whiten
+from rlhf.core.masking import masked_sum
 from rlhf.core.random import MINIBATCH, permutation
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError, TrainingError
 from rlhf.metrics import MetricSums
-from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
+from rlhf.steppers import EagerStepper, Minibatch, Stepper, forward, split_minibatch
+from rlhf.types import TrainingBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class UpdateConfig:
     """The gradient is scaled down to this global norm."""
     target_kl: float | None = None
     """Stop the step's remaining updates once KL(old || policy) of a minibatch exceeds 1.5 times this; off if null."""
+    compile: bool = False
+    """Compile a whole optimizer step as one graph: control tasks with small networks, one process, and a C++ compiler.
+    Costs some seconds once and saves most of an update's time after that."""
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "minibatch_size", "microbatch_tokens"):
@@ -57,93 +61,65 @@ def update(
     seed: int,
     step: int,
     state: State | None = None,
+    stepper: Stepper | None = None,
 ) -> dict[str, float]:
     """Train `policy` on the global `batch` (equal on all processes); the step's mean metrics, global.
 
     policy: module called as policy(inputs, actions, with_values=, with_entropy=) -> PolicyOutputs, with
     old_distribution= too if the algorithm needs "distribution". state: what the algorithm adapts, changed in place.
+    stepper: from make_stepper, so that what it keeps (a compiled graph) serves all updates; otherwise made anew.
     Raises TrainingError if a gradient is not finite; it is not applied.
     """
     state = {} if state is None else state
+    stepper = stepper or make_stepper(policy, algorithm, optimizer, config, distributed)
     metrics = dict(batch.metrics) | algorithm.full_batch_step(distributed.unwrap(policy), batch, distributed)
-    sums = MetricSums()
-    optimizer_steps = 0
-    for epoch, minibatches in enumerate(_epochs(batch, algorithm.whiten_minibatch, config, seed, step)):
-        for minibatch in minibatches:
-            optimizer.zero_grad(set_to_none=True)
-            kl = _accumulate_gradients(policy, algorithm, minibatch, config.microbatch_tokens, distributed, sums)
-            if config.target_kl is not None and distributed.all_sum(kl) > 1.5 * config.target_kl:
-                break
-            norm = distributed.clip_gradients(policy, config.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise TrainingError(
-                    f"The gradient of step {step}, epoch {epoch}, optimizer step {optimizer_steps} is not finite; it was "
-                    "not applied. Lower learning_rate, or look for a reward or model output of extreme size."
-                )
-            optimizer.step()
-            optimizer_steps += 1
-            sums.add({"grad_norm": (norm, norm.new_ones(()))})
-        else:  # the epoch was not cut short by target_kl
-            if algorithm.measures_kl == "epoch":
-                metrics |= _adapt(policy, algorithm, batch, config, distributed, state)
-            continue
-        break
-    optimizer.zero_grad(set_to_none=True)
-    if algorithm.measures_kl == "update":
-        metrics |= _adapt(policy, algorithm, batch, config, distributed, state)
-    return {**metrics, **sums.reduce(distributed.all_sum), "optimizer_steps": float(optimizer_steps)}
+    sums, steps = MetricSums(), 0
+    epochs = _epochs(batch, config, seed, step)
+    for minibatches in epochs if algorithm.measures_kl == "epoch" else [list(chain.from_iterable(epochs))]:
+        outcome = stepper.run(batch, minibatches, sums)
+        steps += outcome.steps
+        if outcome.stopped_by == "gradient":
+            raise TrainingError(
+                f"The gradient of step {step}, optimizer step {steps} is not finite; it was not applied. Lower "
+                "learning_rate, or look for a reward or model output of extreme size."
+            )
+        if algorithm.measures_kl == "update" or (algorithm.measures_kl == "epoch" and outcome.stopped_by is None):
+            metrics |= _adapt(policy, algorithm, batch, config, distributed, state)
+        if outcome.stopped_by is not None:
+            break
+    return {**metrics, **sums.reduce(distributed.all_sum), "optimizer_steps": float(steps)}
 
 
-def _epochs(
-    batch: TrainingBatch, whiten_advantages: bool, config: UpdateConfig, seed: int, step: int
-) -> Iterator[Iterator[TrainingBatch]]:
+def make_stepper(
+    policy: Module, algorithm: Algorithm, optimizer: Optimizer, config: UpdateConfig, distributed: Distributed
+) -> Stepper:
+    """What makes the optimizer steps of a run, as `config.compile` says. Make it once per run.
+
+    InputError if these cannot be compiled (see rlhf/compiled.py).
+    """
+    kind: Callable[..., Stepper] = EagerStepper
+    if config.compile:
+        from rlhf.compiled import CompiledStepper  # here, since few runs load the compiler
+
+        kind = CompiledStepper
+    return kind(
+        policy,
+        algorithm,
+        optimizer,
+        distributed,
+        max_grad_norm=config.max_grad_norm,
+        target_kl=config.target_kl,
+        microbatch_tokens=config.microbatch_tokens,
+    )
+
+
+def _epochs(batch: TrainingBatch, config: UpdateConfig, seed: int, step: int) -> list[Sequence[Minibatch]]:
     """The minibatches of each epoch, in an order that (seed, step, epoch) decides."""
-    if (
-        config.minibatch_size is None or config.minibatch_size >= batch.rows
-    ):  # each is the whole batch: made once, its order does not matter
-        whole = _minibatch(batch, whiten_advantages)
-        yield from (iter([whole]) for _ in range(config.num_epochs))
-        return
-    orders = permutation(batch.rows, seed, MINIBATCH, step, torch.arange(config.num_epochs)).to(batch.actions.device)
-    for order in orders:
-        yield (_minibatch(batch.select(rows), whiten_advantages) for rows in order.split(config.minibatch_size))
-
-
-def _minibatch(minibatch: TrainingBatch, whiten_advantages: bool) -> TrainingBatch:
-    """The minibatch with its global denominators; no collective, since every process holds all of it."""
-    denominators = {name: w.count.sum().clamp(min=1e-8) for name, w in minibatch.weightings.items()}
-    minibatch = replace(minibatch, denominators=denominators)
-    if whiten_advantages:
-        counts = minibatch.mask & (minibatch.weightings["policy"].weight != 0)
-        minibatch = replace(minibatch, advantages=whiten(minibatch.advantages, counts))
-    return minibatch
-
-
-def _accumulate_gradients(
-    policy: Module,
-    algorithm: Algorithm,
-    minibatch: TrainingBatch,
-    microbatch_tokens: int,
-    distributed: Distributed,
-    sums: MetricSums,
-) -> Tensor:
-    """Add up this process's part of the minibatch's gradient; returns its part of the mean KL(old || policy)."""
-    kl = minibatch.old_logprobs.new_zeros(())
-    microbatches = split_minibatch(minibatch, microbatch_tokens, distributed.rank, distributed.world_size)
-    for number, microbatch in enumerate(microbatches):
-        with distributed.accumulate(policy, last=number == len(microbatches) - 1):
-            loss, metrics = algorithm.loss(forward(policy, algorithm, microbatch), microbatch)
-            distributed.backward(loss)
-        sums.add(metrics)
-        kl = kl + metrics["policy_kl"][0] / minibatch.mask.sum()
-    return kl
-
-
-def forward(policy: Module, algorithm: Algorithm, batch: TrainingBatch) -> PolicyOutputs:
-    """The policy's outputs on a microbatch, as far as the algorithm needs them."""
-    needs = algorithm.needs
-    old = {"old_distribution": batch.old_distribution} if batch.old_distribution is not None else {}
-    return policy(batch.inputs, batch.actions, with_values="values" in needs, with_entropy="entropy" in needs, **old)
+    size = config.minibatch_size
+    if size is None or size >= batch.rows:  # each is the whole batch, whose order does not matter
+        return [[None]] * config.num_epochs
+    orders = permutation(batch.rows, seed, MINIBATCH, step, torch.arange(config.num_epochs))
+    return [order.split(size) for order in orders.to(batch.actions.device)]
 
 
 @torch.no_grad()
@@ -166,42 +142,3 @@ def _adapt(
     measured = (distributed.all_sum(total) / batch.mask.sum()).item()
     batch.coefficients.update(algorithm.adapt(state, measured))
     return {"measured_kl": measured}
-
-
-def split_minibatch(
-    minibatch: TrainingBatch, microbatch_tokens: int, rank: int, world_size: int
-) -> list[TrainingBatch]:
-    """This process's microbatches: its share of the rows, of similar length together, cut to their longest row.
-
-    All processes get the same number, because sharded models exchange weights in every forward; one that has run out of
-    rows computes a row of weight 0.
-    """
-    if world_size == 1 and minibatch.actions.shape[1] == 1 and minibatch.rows <= microbatch_tokens:
-        return [minibatch]  # control tasks: nothing to sort, nothing to cut
-    tokens = minibatch.row_tokens.tolist()
-    shares = [_fill(tokens, range(r, minibatch.rows, world_size), microbatch_tokens) for r in range(world_size)]
-    count = max(len(share) for share in shares)
-    microbatches = []
-    for rows in shares[rank] + [[]] * (count - len(shares[rank])):
-        selected = minibatch.select(torch.tensor(rows or [0], device=minibatch.mask.device))
-        used = selected.mask.any(0).nonzero()
-        selected = selected.select(slice(None), time=int(used.max()) + 1 if len(used) else 1)
-        microbatches.append(selected if rows else _weightless(selected))
-    return microbatches
-
-
-def _fill(tokens: list[int], rows: range, limit: int) -> list[list[int]]:
-    """Rows sorted by length, in groups whose padded size (rows x longest) keeps to `limit`; a longer row stands alone."""
-    groups: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: -tokens[row]):
-        if groups and (len(groups[-1]) + 1) * tokens[groups[-1][0]] <= limit:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
-
-
-def _weightless(batch: TrainingBatch) -> TrainingBatch:
-    return replace(
-        batch, weightings={name: Weighting(w.weight * 0, w.count * 0) for name, w in batch.weightings.items()}
-    )

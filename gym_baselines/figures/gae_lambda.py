@@ -70,7 +70,7 @@ def jobs(config: Config) -> list[Job]:
 
 def numbers(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
     """Per lambda: the last training episodes' returns of each seed, their mean and deviation, and learning curves."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for value in sorted(config.lambdas):
         runs = [results[f"lambda{value:g}-seed{seed}"] for seed in range(config.seeds)]
         last = [run["last_returns"] for run in runs]
@@ -106,7 +106,7 @@ def draw(numbers: Mapping[str, Any]) -> Any:
     rows, labels = numbers["rows"], [f"{row['lambda']:g}" for row in numbers["rows"]]
     for place, (row, colour) in enumerate(zip(rows, COLOURS * 2, strict=False)):
         bars.errorbar(place, row["mean"], row["std"], color=colour, marker="s", markersize=7, capsize=5, linewidth=1.6)
-        offsets = np.linspace(-0.12, 0.12, len(row["mean_by_seed"])) if len(row["mean_by_seed"]) > 1 else [0.12]
+        offsets = np.linspace(-0.12, 0.12, len(row["mean_by_seed"])) if len(row["mean_by_seed"]) > 1 else np.zeros(1)
         bars.scatter(place + 0.25 + offsets, row["mean_by_seed"], s=14, facecolors="none", edgecolors=colour)
         grid = common_grid(row["curves"], numbers["total_steps"] / CURVE_POINTS)
         by_seed = np.array([at_grid(curve, grid) for curve in row["curves"]])

@@ -94,7 +94,7 @@ def draw(numbers: Mapping[str, Any]) -> Any:
     rates = numbers["learning_rates"]
     for surrogate in SURROGATES:
         label = "clipped surrogate (PPO)" if surrogate == "clipped" else "unclipped surrogate r A"
-        line = {"colour": COLOUR[surrogate], "label": label, "marker": "o", "markersize": 4}
+        line: dict[str, Any] = {"colour": COLOUR[surrogate], "label": label, "marker": "o", "markersize": 4}
         band(returns, rates, np.array(numbers[surrogate]["final_return"]).T, **line)
         band(kls, rates, np.array(numbers[surrogate]["large_kl"], dtype=float).T, **line)
     for axes in (returns, kls):

@@ -33,7 +33,7 @@ def tidy(axes: Any, *, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def band(axes: Any, x: Sequence[float], by_seed: np.ndarray, *, colour: str, label: str, **line: Any) -> None:
+def band(axes: Any, x: Any, by_seed: np.ndarray, *, colour: str, label: str, **line: Any) -> None:
     """Median and min..max over the seeds. by_seed: (seeds, points), may hold NaN."""
     axes.fill_between(x, np.nanmin(by_seed, 0), np.nanmax(by_seed, 0), color=colour, alpha=0.16, linewidth=0)
     axes.plot(x, np.nanmedian(by_seed, 0), color=colour, label=label, **{"linewidth": 1.8, **line})
@@ -50,7 +50,7 @@ def steps_text(steps: float) -> str:
     return f"{steps / 1e3:.3g}k" if steps >= 1e3 else f"{steps:.0f}"
 
 
-def at_grid(points: Sequence[tuple[float, float]], grid: Sequence[float]) -> np.ndarray:
+def at_grid(points: Sequence[tuple[float, float]], grid: Any) -> np.ndarray:
     """The points' values by linear interpolation at `grid`; NaN before the first point and after the last."""
     steps, values = np.array(points, dtype=float).T
     return np.interp(grid, steps, values, left=np.nan, right=np.nan)

@@ -76,11 +76,13 @@ def count_lines(
     lines: Mapping[str, Mapping[str, Sequence[int]]], library_of: Mapping[str, str]
 ) -> dict[str, tuple[int, int | None]]:
     """algorithm -> (lines executed, those that not every compared algorithm of its library executes; None if alone)."""
-    sets = {name: {(file, line) for file in files for line in files[file]} for name, files in lines.items()}
+    sets: dict[str, set[tuple[str, int]]] = {
+        name: {(file, line) for file in files for line in files[file]} for name, files in lines.items()
+    }
     counts: dict[str, tuple[int, int | None]] = {}
     for name, own in sets.items():
         family = [sets[other] for other in sets if library_of[other] == library_of[name]]
-        counts[name] = (len(own), len(own - set.intersection(*family)) if len(family) > 1 else None)
+        counts[name] = (len(own), len(own - family[0].intersection(*family)) if len(family) > 1 else None)
     return counts
 
 

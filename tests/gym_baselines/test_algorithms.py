@@ -86,14 +86,14 @@ SHARED = {"n_envs": 3, "seed": 4, "progress_bar": False, "entropy_coef": 0.01, "
 
 @cache
 def a2c_weights(env) -> dict[str, torch.Tensor]:
-    learner = A2C(env, **SHARED).learn(180)
+    learner = A2C(env, **SHARED).learn(120)
     assert learner.config.ppo.surrogate == "score"
     return weights(learner)
 
 
 def check_a2c_is_ppo(env, **changes) -> None:
-    """A dozen updates, PPO's with its clip: one epoch at ratio 1 never meets it."""
-    ppo = PPO(env, **{**A_SPECIAL_CASE, **changes}, **SHARED).learn(180)
+    """Eight updates, PPO's with its clip: one epoch at ratio 1 never meets it."""
+    ppo = PPO(env, **{**A_SPECIAL_CASE, **changes}, **SHARED).learn(120)
     assert ppo.config.ppo.surrogate == "clipped"
     assert gap(a2c_weights(env), weights(ppo)) <= 1e-12
 
@@ -298,8 +298,7 @@ def test_learning_in_two_parts_is_learning_at_once(cls):
     assert parts.learn(96) is parts and parts.num_timesteps == 160
     whole = small(cls, seed=2).learn(160)
     assert gap(weights(parts), weights(whole)) == 0
-    other = small(cls, seed=3).learn(160)
-    assert gap(weights(parts), weights(other)) > 1e-3
+    assert gap(weights(parts), weights(small(cls, seed=3).learn(1))) > 1e-3
 
 
 def test_steps_add_up_to_at_least_what_was_asked_and_at_most_a_rollout_more():

@@ -418,7 +418,9 @@ BAD = {
     "entropy_coef": ({"ent_coef": -0.1}, "entropy_coef must be 0 or more"),
     "max_grad_norm": ({"max_grad_norm": 0.0}, "max_grad_norm.*above 0"),
     "target_kl": ({"target_kl": 0.0}, "target_kl.*null"),
-    "hidden_sizes": ({"hidden_sizes": (64, 0)}, "hidden_sizes must be 1 or more each"),
+    "hidden_sizes": ({"hidden_sizes": (64, 0)}, "hidden_sizes must be .*1 or more each"),
+    "one number": ({"hidden_sizes": 64}, "hidden_sizes must be .*64"),
+    "Stable-Baselines3's two networks": ({"net_arch": {"pi": [64], "vf": [64]}}, "hidden_sizes must be "),
     "activation": ({"activation": "gelu"}, "activation must be one of tanh.*'gelu'"),
     "autoreset": ({"autoreset": "sometimes"}, "autoreset must be one of next_step.*'sometimes'"),
     "vectorization": ({"vectorization": "subproc"}, "vectorization must be one of sync.*'subproc'"),
@@ -467,8 +469,6 @@ def test_a_choice_that_does_not_exist_is_refused(name):
 MISTYPED = {
     "n_envs": "8",
     "learning_rate": lambda progress: 3e-4 * progress,  # a schedule of Stable-Baselines3
-    "net_arch": {"pi": [64], "vf": [64]},  # its way to give two networks
-    "hidden_sizes": 64,
     "seed": 1.5,
     "network": None,
     "total_steps": 1e5,  # would be saved as 100000.0, which `load` refuses
