@@ -40,8 +40,17 @@ class Learner:
         observations, in place of the networks' hidden layers.
         """
         name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
+        if isinstance(env, str) and env.endswith("Policy"):
+            raise InputError(
+                f"{env!r} is a policy's name in Stable-Baselines3: here the environment comes first, and policies follow "
+                "from its spaces (see hidden_sizes, encoder, features)."
+            )
         if not isinstance(env, str) and not callable(env):
-            settings.setdefault("num_envs", getattr(env, "num_envs", 1))
+            held = getattr(env, "num_envs", 1)
+            if settings.setdefault("n_envs" if "n_envs" in settings else "num_envs", held) != held:
+                raise InputError(
+                    f"The vector environment holds {held} environments: leave n_envs out, or set it to that."
+                )
         self.config = preset(name, self.algorithm, **settings)
         self._env, self._features = env, features
         self._training: Training | None = None
@@ -49,27 +58,25 @@ class Learner:
 
     def learn(
         self,
-        total_steps: int | None = None,
+        total_steps: int | float | None = None,
         *,
         callbacks: Sequence[Callback] | Callback = (),
         progress_bar: bool | None = None,
     ) -> Self:
-        """Train for `total_steps` more environment steps (the preset's number if None), and return self.
+        """Train for `total_steps` more environment steps (as many as set, or as last time, if None), and return self.
 
         Called again, it goes on where it stopped; the learning rate then falls over the new steps. With output_dir and
         resume=True, the first call continues an interrupted one instead, exactly.
         """
         if progress_bar is not None:
             self.config = with_settings(self.config, progress_bar=progress_bar)
-        steps = self.config.total_steps if total_steps is None else total_steps
-        if steps < 1:
-            raise InputError(f"total_steps must be at least 1, got {steps}.")
+        if total_steps is not None:
+            self.config = with_settings(self.config, total_steps=total_steps)
         if self._training is None:
-            self.config = with_settings(self.config, total_steps=steps)
             self._training = Training(self.config, env=self._env, features=self._features, agent=self.agent)
             self.agent = self._training.agent
         else:
-            self._training.prolong(steps)
+            self._training.prolong(self.config.total_steps)
         self._training.run([callbacks] if callable(callbacks) else callbacks)
         return self
 

@@ -28,6 +28,8 @@ from rlhf.core.random import ACTIONS, uniform
 from rlhf.errors import TrainingError
 from rlhf.types import Inputs, PolicyOutputs, Trajectories
 
+_MOST_ROLLOUTS_PER_EPISODE = 1000
+
 
 class ActingPolicy(Protocol):
     """What the collector needs of a policy; `ActorCritic` documents the shapes."""
@@ -100,12 +102,16 @@ class Collector:
         made = int(record.mask.sum())
         if not self.whole_episodes:
             return self._score(record, made)
-        while True:
+        for _ in range(_MOST_ROLLOUTS_PER_EPISODE):
             record, self.carried = record.split_whole_episodes(self.carried)
             if self.all_sum(torch.tensor(float(record.ends.any()))) > 0:
                 return self._score(record, made)
             record = self._play(num_steps)
             made += int(record.mask.sum())
+        raise TrainingError(
+            f"Not one episode ended in {_MOST_ROLLOUTS_PER_EPISODE} rollouts of {num_steps} steps, and whole_episodes learns "
+            "from complete ones alone: set environment.max_episode_steps, or whole_episodes to false."
+        )
 
     def _play(self, num_steps: int) -> Record:
         num = self.envs.num_envs

@@ -8,7 +8,7 @@ from gym_baselines.environments import EnvironmentConfig
 from gym_baselines.networks import NetworkConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.trpo import TrustRegionConfig
-from rlhf.errors import InputError
+from rlhf.errors import InputError, check_types
 from rlhf.update import UpdateConfig
 
 AlgorithmName = Literal["ppo", "ppo_penalty", "a2c", "reinforce", "trpo"]
@@ -81,6 +81,7 @@ class TrainConfig:
     """Show a progress bar on the terminal."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("total_steps", "num_envs", "rollout_steps", "eval_every", "eval_episodes", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -179,15 +180,18 @@ def with_settings(config: TrainConfig, **changes: Any) -> TrainConfig:
     Whole groups (`ppo=PPOConfig(...)`) and Stable-Baselines3's names (`ALIASES`) are taken too. InputError for a name that
     is no setting.
     """
+    for theirs, ours in ALIASES.items():
+        if theirs in changes and ours in changes:
+            raise InputError(f"{theirs} and {ours} are the same setting: give one of them.")
     changes = {ALIASES.get(name, name): value for name, value in changes.items()}
     own = {f.name for f in fields(config)}
-    direct = {name: value for name, value in changes.items() if name in own}
+    direct = {name: _plain(config, name, value) for name, value in changes.items() if name in own}
     changes = {name: value for name, value in changes.items() if name not in own}
     for group in own:
         value = direct.get(group, getattr(config, group))
         inside = {f.name for f in fields(value)} & changes.keys() if is_dataclass(value) else ()
         if inside:
-            direct[group] = replace(value, **{name: _tuples(changes.pop(name)) for name in sorted(inside)})
+            direct[group] = replace(value, **{name: _plain(value, name, changes.pop(name)) for name in sorted(inside)})
     if changes:
         raise InputError(_unknown(next(iter(changes)), config))
     return replace(config, **direct)
@@ -204,8 +208,12 @@ def _unknown(name: str, config: TrainConfig) -> str:
     return f"There is no setting {name!r}." + (f" Did you mean {close[0]!r}?" if close else " See TrainConfig for all.")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _plain(group: Any, name: str, value: Any) -> Any:
+    """As the setting wants it: [64, 64] is a tuple, and 1e6 steps are an integer."""
+    if isinstance(value, list):
+        return tuple(value)
+    counts = isinstance(getattr(group, name), int) and isinstance(value, float) and value.is_integer()
+    return int(value) if counts else value
 
 
 def flat_settings(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -26,7 +26,7 @@ from gym_baselines.vector import (
     replays,
     reports_games,
 )
-from rlhf.errors import InputError
+from rlhf.errors import InputError, check_types
 
 Vectorization = Literal["sync", "async", "envpool"]
 Autoreset = Literal["next_step", "same_step", "disabled"]
@@ -54,6 +54,7 @@ class EnvironmentConfig:
     """Probability that a game repeats the last action instead: 0 in most published PPO figures; the ALE recommends 0.25."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, choices in (("vectorization", get_args(Vectorization)), ("autoreset", get_args(Autoreset))):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")

@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 from gym_baselines.layers import ACTIVATIONS, NatureCNN, Normalizer, hidden_layers, mlp
 from gym_baselines.spaces import action_family, check_spaces_supported, image_channels
 from rlhf.core.distributions import MASKED_LOGIT, Categorical, MultiCategorical, SquashedGaussian
-from rlhf.errors import InputError
+from rlhf.errors import InputError, check_types
 from rlhf.types import Inputs, PolicyOutputs
 
 Features = Callable[[gym.Space], nn.Module]
@@ -45,6 +45,7 @@ class NetworkConfig:
     """Shift and scale observations by their running mean and deviation, and limit them to +-10."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("hidden_sizes", "value_hidden_sizes"):
             sizes = getattr(self, name)
             if sizes is None and name == "value_hidden_sizes":

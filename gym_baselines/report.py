@@ -25,15 +25,17 @@ TENSORBOARD_NAMES = {  # ours -> Stable-Baselines3's
 class Report:
     """Files and bar of one run. Every process makes one; only the main one writes."""
 
-    def __init__(self, config: TrainConfig, distributed: Distributed, *, first_update: int, steps: int) -> None:
-        """Continues the files where `first_update` begins: later lines, of a run that was interrupted, are cut."""
+    def __init__(
+        self, config: TrainConfig, distributed: Distributed, *, first_update: int, steps: int, until: int
+    ) -> None:
+        """steps, until: environment steps made so far, and those to be reached. Continues the files where `first_update` begins: later lines, of a run that was interrupted, are cut."""
         self._distributed = distributed
         self._writer: MetricsWriter | None = None
         if config.output_dir is not None and distributed.is_main:
             self._writer = MetricsWriter(config.output_dir)
             self._writer.truncate_to(first_update - 1)
         self._bar = tqdm(
-            total=config.total_steps,
+            total=until,
             initial=steps,
             unit=" steps",
             desc=config.env,

@@ -90,6 +90,11 @@ class Training:
             agent = Agent(policy=policy, env=config.env)
         agent.settings = describe(config)
         agent.make_env = self._made_by if callable(self._made_by) else None  # type: ignore[assignment]
+        if config.eval_every is not None and not (isinstance(self._made_by, str) or callable(self._made_by)):
+            raise InputError(
+                "eval_every needs environments of its own, and a vector environment cannot be made again: give a function "
+                "that makes one environment, or set eval_every to null."
+            )
         self.agent, self.policy = agent, agent.policy.to(device)
         self._checkpoint: Checkpoint | None = None
         self.directory = self._open_directory()
@@ -120,7 +125,8 @@ class Training:
         )
         self.reward_scale = RewardScale(len(rows), gamma=config.ppo.gamma) if config.normalize_rewards else None
         self.updates = 0
-        self.schedule = (0, config.total_steps)  # environment steps from and to which learning rate and clip range fall
+        begun = self.agent.environment_steps
+        self.schedule = (begun, begun + config.total_steps)  # steps over which learning rate and clip range fall
         self.recent: deque[tuple[float, float]] = deque(maxlen=100)  # (return, length) of the last finished episodes
         self._saved_at = 0
         self._between_updates = True
@@ -131,14 +137,17 @@ class Training:
         """Let the run go on for `more` environment steps, over which learning rate and clip range fall anew."""
         steps = self.agent.environment_steps
         self.schedule = (steps, steps + more)
-        self.config = replace(self.config, total_steps=steps + more)
 
     def run(self, callbacks: Sequence[Callback] = ()) -> None:
         """Train until the planned steps are made or a callback returns False."""
         self._restore_once()
         config, stop = self.config, False
         report = self.report = Report(
-            config, self.distributed, first_update=self.updates, steps=self.agent.environment_steps
+            config,
+            self.distributed,
+            first_update=self.updates,
+            steps=self.agent.environment_steps,
+            until=self.schedule[1],
         )
         try:
             while self.agent.environment_steps < self.schedule[1] and not stop:
@@ -147,7 +156,8 @@ class Training:
                 if self._due(config.eval_every, before):
                     metrics |= self.evaluate()
                 self._log(metrics)
-                stop = any([callback(self.agent, metrics) is False for callback in callbacks])  # all are called
+                answers = [callback(self.agent, metrics) for callback in callbacks]  # all are called
+                stop = any(answer is not None and not answer for answer in answers)
                 if self._due(config.checkpoint_every, before):
                     self.save_checkpoint()
             self.save()
@@ -310,7 +320,7 @@ class Training:
         self._saved_at = self.updates
         self.agent.environment_steps = state["environment_steps"]
         start, end = state["schedule"]
-        self.schedule = (start, max(end, self.config.total_steps))
+        self.schedule = (start, max(end, start + self.config.total_steps))
         self.recent.extend((value, length) for value, length in state["recent"])
         if self.reward_scale is not None:
             self.reward_scale.moments = torch.tensor(state["reward_moments"], dtype=torch.float64)

@@ -17,7 +17,7 @@ from rlhf.core.kl import kl_estimate
 from rlhf.core.masking import masked_sum
 from rlhf.core.random import MINIBATCH, permutation
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError, TrainingError
+from rlhf.errors import InputError, TrainingError, check_types
 from rlhf.metrics import MetricSums
 from rlhf.steppers import EagerStepper, Minibatch, Stepper, forward, split_minibatch
 from rlhf.types import TrainingBatch
@@ -42,6 +42,7 @@ class UpdateConfig:
     Costs some seconds once and saves most of an update's time after that."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("num_epochs", "minibatch_size", "microbatch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

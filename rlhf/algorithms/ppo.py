@@ -19,7 +19,7 @@ from rlhf.core.losses import (
     unclipped_surrogate,
 )
 from rlhf.core.masking import AllSum, masked_mean, weighted_sum, whiten
-from rlhf.errors import InputError
+from rlhf.errors import InputError, check_types
 from rlhf.types import Metrics, PolicyOutputs, TrainingBatch, Trajectories, token_mean
 
 
@@ -67,6 +67,7 @@ class PPOConfig:
     """Whiten advantages over the whole step, over each minibatch, or not at all."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("clip_range", "clip_range_high", "value_clip_range", "kl_target", "kl_horizon", "penalty_target"):
             _require(name, getattr(self, name), lambda value: value is None or value > 0, "above 0")
         for name in ("gamma", "gae_lambda"):

@@ -16,7 +16,7 @@ from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.losses import clipped_value_loss, unclipped_surrogate
 from rlhf.core.masking import weighted_sum
 from rlhf.core.trust_region import conjugate_gradient, fisher_vector_product, flatten, line_search, step_size
-from rlhf.errors import InputError, TrainingError
+from rlhf.errors import InputError, TrainingError, check_types
 from rlhf.types import Metrics, PolicyOutputs, TrainingBatch
 
 
@@ -39,6 +39,7 @@ class TrustRegionConfig:
     """Use every n-th transition in the Fisher matrix: about n times cheaper. Gradient and line search use them all."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         checks = {
             "max_kl": (0 < self.max_kl < float("inf"), "above 0 (usual: 0.01)"),
             "damping": (0 <= self.damping < float("inf"), "0 or more (usual: 0.1)"),

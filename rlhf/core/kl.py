@@ -62,5 +62,5 @@ def adaptive_penalty_coef(penalty_coef: float, kl: float, *, target: float, floo
     Schulman et al. 2017, section 4 (arXiv 1707.06347). `floor` keeps it where doubling can bring it back.
     """
     if kl < target / 1.5:
-        return max(penalty_coef / 2, floor)
+        return max(penalty_coef / 2, min(penalty_coef, floor))
     return penalty_coef * 2 if kl > 1.5 * target else penalty_coef

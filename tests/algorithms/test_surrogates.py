@@ -362,7 +362,6 @@ def test_the_check_of_the_floor_notices_a_coefficient_that_vanishes():
     refute(check_floor, halves_to_nothing)
 
 
-@pytest.mark.xfail(strict=True, reason="adaptive_penalty_coef lifts a coefficient below its floor to the floor")
 def test_a_coefficient_below_the_floor_is_never_doubled_by_being_halved():
     """A user may start below the floor; a KL that is too small must not raise the penalty."""
     assert adaptive_penalty_coef(1e-5, 0.0, target=0.01) <= 1e-5

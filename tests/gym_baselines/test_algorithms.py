@@ -325,7 +325,6 @@ def test_without_a_number_the_settings_say_how_long():
     assert small(PPO, total_steps=64).learn().num_timesteps == 64
 
 
-@pytest.mark.xfail(strict=True, reason="a new Training counts its schedule from 0, but the agent's steps go on")
 @pytest.mark.parametrize("how", ["load", "close"])
 def test_a_learner_that_was_loaded_or_closed_learns_as_many_steps_as_it_is_told(how, tmp_path):
     learner = small(PPO).learn(64)
@@ -417,7 +416,6 @@ def test_a_loaded_learner_predicts_what_the_saved_one_does(cls, tmp_path):
     assert evaluate(loaded, Identity, episodes=5).returns.tolist() == evaluate(learner, episodes=5).returns.tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="learn(64.0) is taken and saved as 64.0, which load refuses as mistyped")
 def test_a_round_number_of_steps_may_be_a_float_as_in_learn_1e6(tmp_path):
     small(PPO).learn(64.0).save(tmp_path)
     assert PPO.load(tmp_path).num_timesteps == 64
@@ -469,7 +467,6 @@ def test_a_vector_environment_says_itself_how_many_it_holds():
     assert evaluate(learner, Identity, episodes=3).returns.shape == (3,)
 
 
-@pytest.mark.xfail(strict=True, reason="found out at the first evaluation, when a part of the training is lost")
 def test_evaluation_of_a_vector_environment_is_refused_before_training():
     envs, updates = SyncVectorEnv([Identity] * 2, autoreset_mode=AutoresetMode.SAME_STEP), []
     learner = small(PPO, envs, eval_every=64)
@@ -509,9 +506,6 @@ def test_a_callback_that_returns_false_ends_the_training_and_none_does_not():
     assert learner.num_timesteps == 128
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a comparison of NumPy numbers gives np.False_, which `is False` does not hold for"
-)
 def test_a_callback_may_return_numpys_false():
     assert small(PPO).learn(96, callbacks=lambda agent, metrics: np.float64(1) < 0).num_timesteps == 32
 
