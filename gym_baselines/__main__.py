@@ -94,10 +94,11 @@ def summary(config: TrainConfig, num_processes: int) -> str:
     size = min(update.minibatch_size or config.batch_size, config.batch_size)
     minibatches = -(-config.batch_size // size)
     origin = "tuned" if is_tuned(config.env, config.algorithm) else "general"
+    updates = -(-config.total_steps // config.batch_size)
     first = "a trust-region step, then " if config.trust_region is not None else ""
     return (
         f"{config.algorithm} on {config.env}, {origin} settings, seed {config.seed}, {_count(num_processes, 'process')}\n"
-        f"about {_count(-(-config.total_steps // config.batch_size), 'update')} of {_count(config.num_envs, 'environment')} x "
+        f"about {_count(updates, 'update')} of {_count(config.num_envs, 'environment')} x "
         f"{_count(config.rollout_steps, 'step')} = {config.batch_size} transitions; in each, {first}"
         f"{_count(update.num_epochs, 'epoch')} x {_count(minibatches, 'minibatch')} of {size} = "
         f"{_count(update.num_epochs * minibatches, 'optimizer step')}"

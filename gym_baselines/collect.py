@@ -109,7 +109,7 @@ class Collector:
             record = self._play(num_steps)
             made += int(record.mask.sum())
         raise TrainingError(
-            f"Not one episode ended in {_MOST_ROLLOUTS_PER_EPISODE} rollouts of {num_steps} steps, and whole_episodes learns "
+            f"No episode ended in {_MOST_ROLLOUTS_PER_EPISODE} rollouts of {num_steps} steps, and whole_episodes learns "
             "from complete ones alone: set environment.max_episode_steps, or whole_episodes to false."
         )
 
@@ -156,7 +156,7 @@ class Collector:
             self.is_ghost = ends
 
     def _finish(self, record: Record, t: int, ends: np.ndarray, infos: dict[str, Any]) -> None:
-        """Returns and lengths by our own arithmetic (the wrappers' differ between modes and versions), and V's of the end."""
+        """Returns and lengths by our own arithmetic (the wrappers' differ between modes and versions); final states."""
         if self.reports_games:  # a lost life ends an episode for learning; what is reported is the whole game
             over, returns, lengths = finished_games(infos, ends)
         else:

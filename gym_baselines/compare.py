@@ -25,7 +25,8 @@ from gym_baselines.figures.tables import (
     summarize,
 )
 from gym_baselines.jobs import Job, run_jobs
-from gym_baselines.measure import PEER_PREFIX, RunSpec, preset_steps, write_json
+from gym_baselines.measure import PEER_PREFIX, preset_steps, write_json
+from gym_baselines.meter import RunSpec
 from gym_baselines.peers import ALGORITHMS as PEERS
 from gym_baselines.peers import default_steps, measures_kl, require
 from rlhf.cli import parse

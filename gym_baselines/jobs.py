@@ -15,7 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gym_baselines.measure import RunSpec, key_of
+from gym_baselines.measure import key_of
+from gym_baselines.meter import RunSpec
 from rlhf.errors import InputError, TrainingError
 
 RUNS_FOLDER = "runs"

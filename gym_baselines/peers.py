@@ -12,7 +12,7 @@ import torch
 
 from gym_baselines.environments import EVALUATION, EnvironmentConfig, make_env
 from gym_baselines.lines_of_code import executed_lines
-from gym_baselines.measure import Meter, RunSpec
+from gym_baselines.meter import Meter, RunSpec
 from rlhf.errors import InputError
 
 ALGORITHMS = {

@@ -1,7 +1,8 @@
 """Tuned settings of known environments, each with its source. A preset is a set of values, nothing else.
 
-"zoo" is rl-baselines3-zoo's hyperparams/*.yml (commit 22e3ff2), tuned for Stable-Baselines3. Its vf_coef multiplies a squared
-error without our factor 0.5, hence value_coef = 2 vf_coef; its batch_size is our minibatch_size, its `lin_x` our schedules.
+"zoo" is rl-baselines3-zoo's hyperparams/*.yml (commit 22e3ff2), tuned for Stable-Baselines3. Its vf_coef multiplies a
+squared error without our factor 0.5, hence value_coef = 2 vf_coef; its batch_size is our minibatch_size, its `lin_x` are
+our schedules.
 """
 
 from typing import Any, get_args

@@ -28,7 +28,10 @@ class Report:
     def __init__(
         self, config: TrainConfig, distributed: Distributed, *, first_update: int, steps: int, until: int
     ) -> None:
-        """steps, until: environment steps made so far, and those to be reached. Continues the files where `first_update` begins: later lines, of a run that was interrupted, are cut."""
+        """Continues the files where `first_update` begins: later lines, of a run that was interrupted, are cut.
+
+        steps, until: environment steps made so far, and those to be reached.
+        """
         self._distributed = distributed
         self._writer: MetricsWriter | None = None
         if config.output_dir is not None and distributed.is_main:

@@ -28,7 +28,7 @@ from rlhf.distributed import Distributed
 from rlhf.errors import InputError, TrainingError
 from rlhf.resume import check_resumable, load_optimizer_tensors, optimizer_tensors
 from rlhf.types import TrainingBatch, Trajectories
-from rlhf.update import update
+from rlhf.update import make_stepper, update
 
 Callback = Callable[[Agent, dict[str, float]], bool | None]
 """Called after every update with the agent and the step's metrics; returning False ends the training."""
@@ -111,6 +111,7 @@ class Training:
             )  # several processes wait for a gradient of all that may have one
         self._own_optimizer = make_optimizer(config, self.policy)
         self.model, self.optimizer = self.distributed.prepare(self.policy, self._own_optimizer)
+        self.stepper = make_stepper(self.model, self.algorithm, self.optimizer, config.update, self.distributed)
         self.envs = make_vector_env(self._made_by, rows=rows, seed=config.seed, options=config.environment)
         self.collector = Collector(
             self.envs,
@@ -196,6 +197,7 @@ class Training:
             seed=config.seed,
             step=self.updates,
             state=self.state,
+            stepper=self.stepper,
         )
         if self.policy.normalizer is not None:
             observations = rollout.trajectories.inputs["observations"]

@@ -40,7 +40,7 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """C++ for exactly these shapes. `cpp_wrapper`: between the kernels, too, which takes a third off a small step."""
     from torch._inductor import compile as compile_graph  # here, since it takes seconds to load
 
-    return compile_graph(graph, inputs, options={"cpp_wrapper": True})
+    return compile_graph(graph, [*inputs], options={"cpp_wrapper": True})
 
 
 class CompiledStepper:
@@ -62,7 +62,7 @@ class CompiledStepper:
         _check_usable(policy, optimizer, distributed)
         self.policy, self.algorithm, self.optimizer, self.compiler = policy, algorithm, optimizer, compiler
         self.max_grad_norm, self.target_kl, self.microbatch_tokens = max_grad_norm, target_kl, microbatch_tokens
-        self._parameters = dict(policy.named_parameters())
+        self._parameters, self._buffers = dict(policy.named_parameters()), _buffers(policy)
         self._trained: list[str] = []  # those that get a gradient, which the first batch shows
         self._flat: FlatOptimizer | None = None
         self._graphs: dict[Any, _Graph] = {}
@@ -128,7 +128,7 @@ class CompiledStepper:
     def _constants(self) -> dict[str, Tensor]:
         """What else the policy computes with: normaliser statistics, and parameters that get no gradient."""
         others = {name: p.detach() for name, p in self._parameters.items() if name not in self._trained}
-        return others | dict(self.policy.named_buffers())
+        return others | {name: getattr(module, key) for name, module, key in self._buffers}
 
     def _graph_for(self, batch: TrainingBatch, inputs: list[Tensor], rows: Minibatch) -> "_Graph":
         """The graph for inputs of these shapes, made when they are met first."""
@@ -161,16 +161,16 @@ class _Graph:
             self.call = owner.compiler(trace, inputs)
         except Exception as error:
             raise InputError(
-                f"compile failed ({type(error).__name__}, above). It needs a working C++ compiler with Python's headers, and a "
-                "policy without branches on numbers; or set compile to false."
+                f"compile failed ({type(error).__name__}, see above). It needs a C++ compiler, Python's headers, and a policy "
+                "that does not branch on the numbers it is given; or set compile to false."
             ) from error
         del self.template  # its memory
 
     def add_metrics(self, sums: MetricSums, numbers: list[Tensor], steps: int) -> None:
         """Add up what the calls returned; the norm of a step that was not made does not count."""
         table = torch.stack(numbers).double()
-        totals, counts = table[:, :-1].sum(0).view(-1, 2).unbind(1)
-        sums.add({name: (totals[i], counts[i]) for i, name in enumerate(self.metrics)})
+        parts = table[:, :-1].sum(0).unbind()
+        sums.add(dict(zip(self.metrics, zip(parts[::2], parts[1::2], strict=True), strict=True)))
         if steps:
             sums.add({"grad_norm": (table[:steps, -1].sum(), table.new_tensor(float(steps)))})
 
@@ -181,7 +181,7 @@ class _Graph:
         rate, coefficients = next(given), next(given)
         constants = {name: next(given) for name in owner._constants()}
         named = dict(zip(self.template.coefficients, coefficients.unbind(), strict=True))
-        batch = replace(self.template.map_rows(lambda _: next(given)), coefficients=named)
+        batch = replace(self.template.map_rows(lambda _: next(given)), coefficients=named)  # type: ignore[arg-type]
         if self.has_rows:
             batch = batch.select(next(given))
         minibatch = prepare_minibatch(batch, owner.algorithm.whiten_minibatch)
@@ -206,6 +206,15 @@ class _Graph:
         for vector, new in zip(vectors, flat.stepped(vectors, clipped, rate), strict=True):
             vector.copy_(torch.where(verdict == 0, new, vector))
         return torch.cat([numbers, norm.unsqueeze(0)]), verdict
+
+
+def _buffers(policy: Module) -> list[tuple[str, Module, str]]:
+    """(full name, owner, name there) of each buffer: an owner may replace the tensor."""
+    return [
+        (f"{prefix}.{key}".lstrip("."), module, key)
+        for prefix, module in policy.named_modules()
+        for key, _ in module.named_buffers(recurse=False)
+    ]
 
 
 def tensors_of(batch: TrainingBatch) -> list[Tensor]:

@@ -6,6 +6,7 @@ Commands print an error's message alone; everything else is a defect of ours.
 import dataclasses
 import types
 import typing
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
@@ -24,16 +25,17 @@ def check_types(settings: Any) -> None:
     Knows what settings are made of: numbers, text, true or false, one of several words, tuples and lists of these,
     groups, and any of them or null. A command line has checked them already; Python has not.
     """
-    for name, hint in _hints(type(settings)).items():
+    for name, hint in _hints(type(settings)).items():  # type: ignore[arg-type]
         value = getattr(settings, name)
         if not _fits(value, hint):
             raise InputError(f"{name} must be {_in_words(hint)}, got {value!r}.")
 
 
 @cache
-def _hints(settings: type) -> dict[str, Any]:
+def _hints(settings: Hashable) -> dict[str, Any]:
+    """settings: the class."""
     hints = typing.get_type_hints(settings)
-    return {field.name: hints[field.name] for field in dataclasses.fields(settings)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -76,9 +76,11 @@ def check_flattenable(optimizer: Optimizer) -> None:
                 f"compile does not know the optimizer's option {option} = {group[option]}: leave it out, or set compile "
                 "to false."
             )
-    kinds = {(str(p.device), p.dtype) for p in group["params"]}
-    if len(kinds) > 1:
-        raise InputError(f"compile takes parameters of one type on one device, not {sorted(map(str, kinds))}.")
+    types = {str(p.dtype) for p in group["params"]}
+    if len(types) > 1:
+        raise InputError(
+            f"compile takes parameters of one type, not {sorted(types)}: convert them, or set compile to false."
+        )
 
 
 class FlatOptimizer:
@@ -144,7 +146,7 @@ class FlatOptimizer:
         return [self.optimizer.state[p]["step"] for p in self.parameters]
 
     def _create_state(self) -> None:
-        """The state that torch makes with the first step, by letting it make one with the gradient 0 (which moves nothing)."""
+        """The state that torch makes in its first step: let it make one, whose gradient 0 moves nothing."""
         missing = [p for p in self.parameters if not self.optimizer.state.get(p)]
         if not missing:
             return

@@ -253,7 +253,8 @@ class Trainer:
         )
 
     def _check_batch_sizes(self) -> None:
-        size, processes = self.config.update.minibatch_size, self.distributed.world_size
+        size = self.config.update.minibatch_size or self.completions_per_step
+        processes = self.distributed.world_size
         if self.completions_per_step % size:
             raise InputError(
                 f"update.minibatch_size={size} does not divide the {self.completions_per_step} completions of a step "
@@ -403,7 +404,8 @@ class Trainer:
     def _describe(self) -> None:
         """What will run, with every derived size; before the first step."""
         d, c, data = self.distributed, self.config, self.data
-        completions, size = self.completions_per_step, c.update.minibatch_size
+        completions = self.completions_per_step
+        size = c.update.minibatch_size or completions
         self._say(
             f"{d.world_size} process(es) on {d.device.type}, {c.precision}, "
             f"{sum(p.numel() for p in self.policy.parameters()):,} parameters, output in {c.output_dir}",

@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ("cores", ["rlhf.core", "rlhf.types", "rlhf.errors"]),
     ("algorithms", ["rlhf.algorithms"]),
-    ("updates", ["rlhf.update", "rlhf.distributed", "rlhf.metrics"]),
+    (
+        "updates",
+        ["rlhf.update", "rlhf.steppers", "rlhf.compiled", "rlhf.flat_optimizer", "rlhf.distributed", "rlhf.metrics"],
+    ),
     ("the language-model parts", ["rlhf"]),  # every other module of rlhf
     ("the loop", ["rlhf.trainer"]),
     ("choices", ["recipes", "gym_baselines"]),

@@ -12,6 +12,8 @@ from gym_baselines.jobs import Job
 from rlhf.errors import InputError
 
 JUDGED = 0.95
+STUDENT = {2: 4.30, 3: 2.78, 4: 2.45, 5: 2.31, 6: 2.23, 7: 2.18, 8: 2.14, 9: 2.12}
+"""Seeds -> how many standard errors two means may differ by chance, in 19 of 20 cases (Student's t, 2 n - 2 degrees)."""
 CURVE_POINTS = 40
 KEEP = {"series": ("environment_steps", "episode_return"), "measure_kl": False}
 
@@ -152,10 +154,10 @@ def verdict(numbers: Mapping[str, Any]) -> str:
         compared = f"{best['lambda']:g}, which is {gap:.1f} higher"
         if error is None:
             word = f"behind {compared}; one seed cannot tell whether by chance"
-        elif gap <= 2 * error:
+        elif gap <= STUDENT.get(numbers["seeds"], 2.1) * error:
             word = f"not to be told apart from {compared} with a standard error of {error:.1f} over seeds"
         else:
-            word = f"beaten by {compared}, more than two standard errors ({error:.1f}) over seeds"
+            word = f"beaten by {compared}, {gap / error:.1f} standard errors over seeds"
     return "\n".join([*lines, f"Verdict: at {steps_text(numbers['total_steps'])} steps, .95 is {word}."])
 
 

@@ -26,14 +26,14 @@ def gae(
     Elements where `mask` is False (padding, tool tokens, ghost rows) get 0, and the recursion passes over them, within an
     episode: a masked element that ends one still cuts it.
     """
-    keep = gamma * gae_lambda * (~episode_ends).to(values.dtype)
     bootstrap = torch.where(terminated, 0.0, gamma * next_values)
     deltas = torch.where(mask, rewards + bootstrap - values, 0.0)
-    advantages = torch.zeros_like(values)
+    goes_on = (~episode_ends).to(values.dtype)
+    decay = torch.where(mask, gamma * gae_lambda * goes_on, goes_on)  # a masked element hands on what follows it
     following = torch.zeros_like(values[:, 0])
-    for t in range(values.shape[1] - 1, -1, -1):
-        advantage = deltas[:, t] + keep[:, t] * following
-        following = torch.where(mask[:, t], advantage, torch.where(episode_ends[:, t], 0.0, following))
-        advantages[:, t] = advantage
-    advantages = torch.where(mask, advantages, 0.0)
+    backwards = []
+    for delta, factor in zip(reversed(deltas.unbind(1)), reversed(decay.unbind(1)), strict=True):
+        following = torch.addcmul(delta, factor, following)
+        backwards.append(following)
+    advantages = torch.where(mask, torch.stack(backwards[::-1], dim=1), 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)

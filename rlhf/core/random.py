@@ -69,8 +69,8 @@ def invert_cdf(logits: Tensor, draw: Tensor, *, temperature: float = 1.0) -> Ten
     The first choice whose cumulative probability, in float64, exceeds the draw; one of probability 0 is never taken.
     Logits that are NaN give the last choice; its log-prob, NaN too, stops the run.
     """
-    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    total = cumulative[:, -1]
-    target = torch.minimum(draw * total, torch.nextafter(total, torch.zeros_like(total)))
+    wide = logits.double()
+    cumulative = (wide if temperature == 1.0 else wide / temperature).softmax(-1).cumsum(-1)
+    target = draw * cumulative[:, -1]  # below the total: a draw is at most 1 - 2**-53, and the total about 1
     chosen = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
     return chosen.clamp(max=logits.shape[-1] - 1)

@@ -15,7 +15,8 @@ from gym_baselines.environments import EVALUATION, EnvironmentConfig, make_env
 from gym_baselines.figures.tables import count_lines, markdown, measured_table, plain, quoted_table, summarize
 from gym_baselines.jobs import Job, run_jobs
 from gym_baselines.lines_of_code import executed_lines
-from gym_baselines.measure import Meter, RunSpec, Stopwatch, config_of, key_of, peak_memory_bytes
+from gym_baselines.measure import config_of, key_of
+from gym_baselines.meter import Meter, RunSpec, Stopwatch, peak_memory_bytes
 from rlhf.cli import parse
 from rlhf.core.distributions import Categorical
 from rlhf.errors import InputError, TrainingError

@@ -1,4 +1,4 @@
-"""Interrupted equals uninterrupted, to the last bit, for every algorithm and autoreset mode; and what cannot be is named."""
+"""Interrupted equals uninterrupted, to the last bit, for every algorithm and autoreset mode; what cannot be is named."""
 
 from pathlib import Path
 
