@@ -65,21 +65,29 @@ class Stopwatch:
     """CPU and wall seconds of this process, without what happens while it is paused."""
 
     def __init__(self) -> None:
-        self._start = self._now()
+        self._counted = np.zeros(2)
+        self._since: np.ndarray | None = self._now()  # None while paused
 
     @staticmethod
     def _now() -> np.ndarray:
         return np.array([time.process_time(), time.perf_counter()])
 
     def read(self) -> tuple[float, float]:
-        cpu, wall = (self._now() - self._start).tolist()
+        running = 0.0 if self._since is None else self._now() - self._since
+        cpu, wall = (self._counted + running).tolist()
         return cpu, wall
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        before = self._now()
-        yield
-        self._start = self._start + (self._now() - before)
+        """A pause within a pause changes nothing."""
+        if self._since is None:
+            yield
+            return
+        self._counted, self._since = self._counted + (self._now() - self._since), None
+        try:
+            yield
+        finally:
+            self._since = self._now()
 
 
 class Meter:

@@ -159,10 +159,12 @@ class _Graph:
             with torch.enable_grad():
                 trace = make_fx(self._step, tracing_mode="fake")(*inputs)
             self.call = owner.compiler(trace, inputs)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
-                f"compile failed ({type(error).__name__}, see above). It needs a C++ compiler, Python's headers, and a policy "
-                "that does not branch on the numbers it is given; or set compile to false."
+                f"compile failed ({type(error).__name__}, see above). It needs a C++ compiler, Python's headers, and a "
+                "policy that does not branch on the numbers it is given; or set compile to false."
             ) from error
         del self.template  # its memory
 

@@ -132,7 +132,11 @@ def test_the_clocks_stand_still_while_they_are_paused(monkeypatch):
     now.update(cpu=12.0, wall=105.0)
     with clock.paused():
         now.update(cpu=50.0, wall=200.0)
-    now.update(cpu=51.0, wall=203.0)
+        assert clock.read() == (2.0, 5.0)
+        with clock.paused():  # an evaluation within the measurements after an update
+            now.update(cpu=60.0, wall=300.0)
+        now.update(cpu=61.0, wall=301.0)
+    now.update(cpu=62.0, wall=304.0)
     assert clock.read() == (3.0, 8.0)
 
 
