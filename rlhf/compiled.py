@@ -153,7 +153,7 @@ class _Graph:
         self, owner: CompiledStepper, flat: FlatOptimizer, batch: TrainingBatch, inputs: list[Tensor], *, has_rows: bool
     ) -> None:
         self.owner, self.flat, self.has_rows = owner, flat, has_rows
-        self.template = batch
+        self.template, self.constants = batch, list(owner._constants())
         self.metrics: list[str] = []
         try:
             with torch.enable_grad():
@@ -164,7 +164,8 @@ class _Graph:
         except Exception as error:
             raise InputError(
                 f"compile failed ({type(error).__name__}, see above). It needs a C++ compiler, Python's headers, and a "
-                "policy that does not branch on the numbers it is given; or set compile to false."
+                "policy that does not branch on numbers and keeps its tensors as parameters and buffers; or set compile to "
+                "false."
             ) from error
         del self.template  # its memory
 
@@ -181,7 +182,7 @@ class _Graph:
         given = iter(inputs)
         vectors = [next(given) for _ in flat.vectors]
         rate, coefficients = next(given), next(given)
-        constants = {name: next(given) for name in owner._constants()}
+        constants = {name: next(given) for name in self.constants}
         named = dict(zip(self.template.coefficients, coefficients.unbind(), strict=True))
         batch = replace(self.template.map_rows(lambda _: next(given)), coefficients=named)  # type: ignore[arg-type]
         if self.has_rows:

@@ -62,7 +62,7 @@ def draw(numbers: Mapping[str, Any]) -> Any:
         for advantage, objective, colour in curves:
             if (advantage > 0) == positive:
                 axes.plot(numbers["ratio"], objective, color=colour, linewidth=2, label=f"A = {advantage:+g}")
-        for bound, name in ((low, f"bounds 1 - epsilon = {low:g}, 1 + epsilon = {high:g}"), (high, None)):
+        for bound, name in ((low, "1 - epsilon, 1 + epsilon"), (high, None)):
             axes.axvline(bound, color="grey", linestyle="--", linewidth=1, label=name)
         axes.axvline(1, color="lightgrey", linewidth=1)
         sign = "good actions (A > 0)" if positive else "bad actions (A < 0)"
@@ -87,7 +87,7 @@ def _explain(panels: Sequence[Any], low: float, high: float) -> None:
     good.annotate(
         "flat above 1 + epsilon: already\nlikelier by enough, no more gain",
         xy=(high + 0.14, 2 * high),
-        xytext=(1.08, 3.15),
+        xytext=(1.02, 3.2),
         **note,
     )
     good.annotate(
@@ -107,7 +107,7 @@ def _explain(panels: Sequence[Any], low: float, high: float) -> None:
         "NOT flat above 1 + epsilon: min keeps the\nsmaller, unclipped branch r A. A bad action\n"
         "that became likelier is always pushed\nback, however far it has gone",
         xy=(high + 0.15, -2 * (high + 0.15)),
-        xytext=(0.86, -4.25),
+        xytext=(0.92, -4.0),
         **note,
     )
 
