@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 from rlhf.algorithms import Algorithm
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
-from rlhf.flat_optimizer import FlatOptimizer, check_flattenable
+from rlhf.flat_optimizer import FlatOptimizer, obstacle
 from rlhf.metrics import MetricSums
-from rlhf.steppers import Minibatch, Outcome, StopReason, forward, prepare_minibatch
+from rlhf.steppers import Minibatch, Outcome, StopReason, forward, prepare_minibatch, trained_parameters
 from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
 
 Compiler = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
@@ -65,12 +65,18 @@ class CompiledStepper:
         self._parameters, self._buffers = dict(policy.named_parameters()), _buffers(policy)
         self._trained: list[str] = []  # those that get a gradient, which the first batch shows
         self._flat: FlatOptimizer | None = None
+        self._rate = torch.zeros((), dtype=torch.float64)
         self._graphs: dict[Any, _Graph] = {}
 
     def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
         batch, minibatches = self._evenly(batch, list(minibatches))
         flat = self._flat = self._flat or self._flatten(batch)
-        flat.load()
+        if not flat.load():
+            raise InputError(
+                "compile needs parameters that were stepped equally often, and the optimizer's state says they were not: "
+                "start with a new optimizer, or set compile to false."
+            )
+        self._rate.fill_(float(flat.settings["lr"]))
         try:
             return self._run(flat, batch, minibatches, sums)
         finally:
@@ -81,7 +87,7 @@ class CompiledStepper:
         self, flat: FlatOptimizer, batch: TrainingBatch, minibatches: list[Minibatch], sums: MetricSums
     ) -> Outcome:
         coefficients = batch.old_logprobs.new_tensor(list(batch.coefficients.values()))
-        inputs = [*flat.vectors, flat.rate, coefficients, *self._constants().values(), *tensors_of(batch)]
+        inputs = [*flat.vectors, self._rate, coefficients, *self._constants().values(), *tensors_of(batch)]
         inputs = [tensor.contiguous() for tensor in inputs]
         graph = self._graph_for(batch, inputs, minibatches[0])
         numbers: list[Tensor] = []
@@ -118,12 +124,9 @@ class CompiledStepper:
         return batch, filled
 
     def _flatten(self, batch: TrainingBatch) -> FlatOptimizer:
-        minibatch = prepare_minibatch(batch.select(slice(0, 1)), whiten_advantages=False)
-        loss, _ = self.algorithm.loss(forward(self.policy, self.algorithm, minibatch), minibatch)
-        candidates = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        gradients = torch.autograd.grad(loss, list(candidates.values()), allow_unused=True)
-        self._trained = [name for name, given in zip(candidates, gradients, strict=True) if given is not None]
-        return FlatOptimizer([self._parameters[name] for name in self._trained], self.optimizer)
+        trained = trained_parameters(self.policy, self.algorithm, batch)
+        self._trained = list(trained)
+        return FlatOptimizer(list(trained.values()), self.optimizer)
 
     def _constants(self) -> dict[str, Tensor]:
         """What else the policy computes with: normaliser statistics, and parameters that get no gradient."""
@@ -206,7 +209,9 @@ class _Graph:
         verdict = torch.where(norm.isfinite(), 0, _STOP_REASONS.index("gradient"))
         if owner.target_kl is not None:
             verdict = torch.where(kl > 1.5 * owner.target_kl, _STOP_REASONS.index("target_kl"), verdict)
-        for vector, new in zip(vectors, flat.stepped(vectors, clipped, rate), strict=True):
+        *changing, count = vectors
+        made = flat.stepped(changing, clipped, count + 1, rate)
+        for vector, new in zip(vectors, [*made, count + 1], strict=True):
             vector.copy_(torch.where(verdict == 0, new, vector))
         return torch.cat([numbers, norm.unsqueeze(0)]), verdict
 
@@ -256,7 +261,8 @@ def _check_usable(policy: Module, optimizer: Optimizer, distributed: Distributed
         raise InputError(
             f"compile is for one process, and this run has {distributed.world_size}: start one, or set compile to false."
         )
-    check_flattenable(optimizer)
+    if reason := obstacle(optimizer):
+        raise InputError(f"compile {reason}, or set compile to false.")
     devices = {p.device.type for p in policy.parameters()}
     if devices != {"cpu"}:
         raise InputError(f"compile is for the CPU, and the policy is on {sorted(devices)}: set compile to false.")

@@ -13,32 +13,32 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Adam, Optimizer, RMSprop
 
-from rlhf.errors import InputError
-
 Moments = Sequence[Tensor]
+Number = Tensor | float
+"""A scalar tensor in a compiled graph, where a float would be a constant; a float costs less elsewhere."""
 
 
 def adam(
-    weights: Tensor, gradient: Tensor, moments: Moments, count: Tensor, rate: Tensor, settings: Mapping[str, Any]
+    weights: Tensor, gradient: Tensor, moments: Moments, count: Number, rate: Number, settings: Mapping[str, Any]
 ) -> tuple[Tensor, list[Tensor]]:
-    """New weights and moments. count: this step's number, from 1; it and `rate` are float64 scalars.
+    """New weights and moments. count: this step's number, from 1. rate: the learning rate.
 
     Kingma & Ba 2015 (arXiv 1412.6980), with epsilon added to the corrected root, as torch does.
     """
     beta1, beta2 = settings["betas"]
-    mean = beta1 * moments[0] + (1 - beta1) * gradient
-    square = beta2 * moments[1] + (1 - beta2) * gradient * gradient
-    step_size = (rate / (1 - beta1**count)).to(weights.dtype)
-    correction = (1 - beta2**count).sqrt().to(weights.dtype)
-    return weights - step_size * mean / (square.sqrt() / correction + settings["eps"]), [mean, square]
+    mean = moments[0].lerp(gradient, 1 - beta1)
+    square = (beta2 * moments[1]).addcmul(gradient, gradient, value=1 - beta2)
+    correction = (1 - beta2**count) ** 0.5
+    return weights - rate / (1 - beta1**count) * mean / (square.sqrt() / correction + settings["eps"]), [mean, square]
 
 
 def rmsprop(
-    weights: Tensor, gradient: Tensor, moments: Moments, count: Tensor, rate: Tensor, settings: Mapping[str, Any]
+    weights: Tensor, gradient: Tensor, moments: Moments, count: Number, rate: Number, settings: Mapping[str, Any]
 ) -> tuple[Tensor, list[Tensor]]:
     """As `adam`, for Hinton's RMSprop (Coursera lecture 6e) without momentum; epsilon is added to the root."""
-    square = settings["alpha"] * moments[0] + (1 - settings["alpha"]) * gradient * gradient
-    return weights - rate.to(weights.dtype) * gradient / (square.sqrt() + settings["eps"]), [square]
+    alpha = settings["alpha"]
+    square = (alpha * moments[0]).addcmul(gradient, gradient, value=1 - alpha)
+    return weights - rate * gradient / (square.sqrt() + settings["eps"]), [square]
 
 
 @dataclass(frozen=True)
@@ -56,51 +56,48 @@ RULES: dict[type[Optimizer], Rule] = {
 }
 
 
-def check_flattenable(optimizer: Optimizer) -> None:
-    """InputError if `FlatOptimizer` does not know the optimizer's arithmetic, or its parameters fit no common vector."""
+def obstacle(optimizer: Optimizer) -> str | None:
+    """Why `FlatOptimizer` cannot stand in for the optimizer, and what could be done; None if it can."""
     rule = RULES.get(type(optimizer))
     if rule is None:
         kinds = " and ".join(kind.__name__ for kind in RULES)
-        raise InputError(
-            f"compile knows the arithmetic of torch.optim's {kinds}, not of {type(optimizer).__name__}: use one of them, "
-            "or set compile to false."
-        )
+        return f"needs the arithmetic of torch.optim's {kinds}, not of {type(optimizer).__name__}: use one of them"
     if len(optimizer.param_groups) > 1:
-        raise InputError(
-            "compile takes an optimizer with one group of parameters: merge the groups, or set compile to false."
-        )
+        return "takes an optimizer with one group of parameters: merge the groups"
     (group,) = optimizer.param_groups
     for option in rule.unsupported:
         if group[option]:
-            raise InputError(
-                f"compile does not know the optimizer's option {option} = {group[option]}: leave it out, or set compile "
-                "to false."
-            )
-    types = {str(p.dtype) for p in group["params"]}
+            return f"does not know the optimizer's option {option} = {group[option]}: leave it out"
+    types = sorted({str(p.dtype) for p in group["params"]})
     if len(types) > 1:
-        raise InputError(
-            f"compile takes parameters of one type, not {sorted(types)}: convert them, or set compile to false."
-        )
+        return f"takes parameters of one type, not {types}: convert them"
+    return None
 
 
 class FlatOptimizer:
-    """Vectors of the given parameters and of what `optimizer` keeps about them."""
+    """Vectors of the given parameters and of what `optimizer`, to which there is no obstacle, keeps about them."""
 
     def __init__(self, parameters: Sequence[Parameter], optimizer: Optimizer) -> None:
-        check_flattenable(optimizer)
-        self.parameters, self.optimizer, self.rule = list(parameters), optimizer, RULES[type(optimizer)]
+        self.parameters: list[Tensor] = [*parameters]
+        self.optimizer, self.rule = optimizer, RULES[type(optimizer)]
         self.shapes = [p.shape for p in self.parameters]
         size = sum(p.numel() for p in self.parameters)
         self.weights = self.parameters[0].new_empty(size).detach()
         self.moments = [torch.empty_like(self.weights) for _ in self.rule.moments]
         self.count = self.weights.new_zeros((), dtype=torch.float64)
         """Steps made so far."""
-        self.rate = self.weights.new_zeros((), dtype=torch.float64)
-        self._pieces = [piece for vector in (self.weights, *self.moments) for piece in self.unflatten(vector)]
+        self._weight_pieces = self.unflatten(self.weights)
+        self._pieces = [*self._weight_pieces, *[piece for vector in self.moments for piece in self.unflatten(vector)]]
 
     @property
     def settings(self) -> dict[str, Any]:
+        """The options of the one group of parameters."""
         return self.optimizer.param_groups[0]
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """What a step changes: (weights, *moments, count)."""
+        return [self.weights, *self.moments, self.count]
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Views of the vector's parts, in the parameters' shapes."""
@@ -108,18 +105,18 @@ class FlatOptimizer:
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     @torch.no_grad()
-    def load(self) -> None:
-        """Fill the vectors with the parameters, the optimizer's state and its learning rate."""
+    def load(self) -> bool:
+        """Fill the vectors with the parameters and the optimizer's state.
+
+        False if it has made more steps with some of them than with others, which no common count can tell.
+        """
         self._create_state()
         counts = {float(step) for step in self._steps()}
         if len(counts) > 1:
-            raise InputError(
-                f"compile needs parameters that were stepped equally often, and the optimizer has made {sorted(counts)} "
-                "steps with them: start with a new optimizer, or set compile to false."
-            )
+            return False
         torch._foreach_copy_(self._pieces, self._stored())
         self.count.fill_(counts.pop())
-        self.rate.fill_(float(self.settings["lr"]))
+        return True
 
     @torch.no_grad()
     def store(self) -> None:
@@ -128,15 +125,19 @@ class FlatOptimizer:
         steps = self._steps()
         torch._foreach_copy_(steps, [self.count] * len(steps))
 
-    def stepped(self, vectors: Sequence[Tensor], gradient: Tensor, rate: Tensor) -> list[Tensor]:
-        """What one step makes of `vectors` = (weights, *moments, count); changes nothing itself."""
-        weights, *moments, count = vectors
-        weights, moments = self.rule.formula(weights, gradient, moments, count + 1, rate, self.settings)
-        return [weights, *moments, count + 1]
+    def stepped(self, vectors: Sequence[Tensor], gradient: Tensor, count: Number, rate: Number) -> list[Tensor]:
+        """What the step of that number makes of (weights, *moments); changes nothing itself."""
+        weights, moments = self.rule.formula(vectors[0], gradient, vectors[1:], count, rate, self.settings)
+        return [weights, *moments]
 
-    @property
-    def vectors(self) -> list[Tensor]:
-        return [self.weights, *self.moments, self.count]
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        """Make a step now; the parameters follow. gradient: a vector as `weights`."""
+        self.count += 1
+        changing = [self.weights, *self.moments]
+        made = self.stepped(changing, gradient, self.count.item(), float(self.settings["lr"]))
+        torch._foreach_copy_(changing, made)
+        torch._foreach_copy_(self.parameters, self._weight_pieces)
 
     def _stored(self) -> list[Tensor]:
         states = [self.optimizer.state[p] for p in self.parameters]

@@ -6,18 +6,20 @@ whole batch, and denominators are those of the minibatch.
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from rlhf.algorithms import Algorithm
 from rlhf.core.masking import whiten
+from rlhf.core.trust_region import flatten
 from rlhf.distributed import Distributed
+from rlhf.flat_optimizer import FlatOptimizer, obstacle
 from rlhf.metrics import MetricSums
 from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
 
@@ -58,13 +60,36 @@ class EagerStepper:
         max_grad_norm: float,
         target_kl: float | None,
         microbatch_tokens: int,
+        flat_up_to: int = 1_000_000,
     ) -> None:
+        """flat_up_to: models of at most so many parameters are stepped as one vector, if one process can do that."""
         self.policy, self.algorithm, self.optimizer, self.distributed = policy, algorithm, optimizer, distributed
         self.max_grad_norm, self.target_kl, self.microbatch_tokens = max_grad_norm, target_kl, microbatch_tokens
-        self.parameters = list(policy.parameters())  # finding them anew for each step costs more than clipping
+        self.parameters = list(policy.parameters())  # finding them anew for each step takes as long as clipping
         self._alone = distributed.world_size == 1 and distributed.strategy == "NO"  # gradients lie in the parameters
+        small = sum(p.numel() for p in self.parameters) <= flat_up_to
+        self._may_be_flat = self._alone and small and obstacle(optimizer) is None
+        self._flat: FlatOptimizer | None = None  # made with the first batch, which shows what gets a gradient
 
     def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
+        if self._flat is None and self._may_be_flat:
+            trained = trained_parameters(self.policy, self.algorithm, batch)
+            self._flat = FlatOptimizer(list(trained.values()), self.optimizer)
+        flat = self._flat if self._flat is not None and self._flat.load() else None
+        try:
+            return self._run(batch, minibatches, sums, self._step if flat is None else partial(self._step_flat, flat))
+        finally:
+            self._clear_gradients()  # their memory
+            if flat is not None:
+                flat.store()
+
+    def _run(
+        self,
+        batch: TrainingBatch,
+        minibatches: Iterable[Minibatch],
+        sums: MetricSums,
+        make_step: Callable[[], Tensor],
+    ) -> Outcome:
         whiten_advantages, whole, one, steps = self.algorithm.whiten_minibatch, None, batch.old_logprobs.new_ones(()), 0
         for rows in minibatches:
             if rows is not None:
@@ -74,14 +99,13 @@ class EagerStepper:
             self._clear_gradients()
             kl = self._accumulate_gradients(minibatch, sums)
             if kl is not None and self.distributed.all_sum(kl) > 1.5 * self.target_kl:  # type: ignore[operator]
-                return self._outcome(steps, "target_kl")
-            norm = self._clip_gradients()
+                return Outcome(steps, "target_kl")
+            norm = make_step()
             if not isfinite(norm):
-                return self._outcome(steps, "gradient")
-            self.optimizer.step()
+                return Outcome(steps, "gradient")
             steps += 1
             sums.add({"grad_norm": (norm, one)})
-        return self._outcome(steps)
+        return Outcome(steps)
 
     def _accumulate_gradients(self, minibatch: TrainingBatch, sums: MetricSums) -> Tensor | None:
         """Add up this process's part of the minibatch's gradient.
@@ -99,13 +123,23 @@ class EagerStepper:
                 kl = kl + metrics["policy_kl"][0] / minibatch.mask.sum()
         return kl
 
-    def _clip_gradients(self) -> Tensor:
-        """Scale the gradient down to max_grad_norm; its norm before."""
-        if not self._alone:
-            return self.distributed.clip_gradients(self.policy, self.max_grad_norm)
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if norm + 1e-6 > self.max_grad_norm:  # otherwise the factor max_grad_norm / (norm + 1e-6) is cut to 1
-            clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+    def _step(self) -> Tensor:
+        """Clip the gradient and apply it, if it is finite; its norm before."""
+        if self._alone:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        else:
+            norm = self.distributed.clip_gradients(self.policy, self.max_grad_norm)
+        if isfinite(norm):
+            self.optimizer.step()
+        return norm
+
+    def _step_flat(self, flat: FlatOptimizer) -> Tensor:
+        """The same on vectors."""
+        gradient = flatten([p.grad for p in flat.parameters])  # type: ignore[misc]
+        norm = torch.linalg.vector_norm(gradient)
+        factor = self.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+        if isfinite(norm):
+            flat.step(gradient * factor if factor < 1 else gradient)
         return norm
 
     def _clear_gradients(self) -> None:
@@ -115,9 +149,16 @@ class EagerStepper:
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _outcome(self, steps: int, stopped_by: StopReason | None = None) -> Outcome:
-        self._clear_gradients()  # their memory
-        return Outcome(steps, stopped_by)
+
+def trained_parameters(policy: Module, algorithm: Algorithm, batch: TrainingBatch) -> dict[str, Parameter]:
+    """The parameters that the loss gives a gradient, by name: TRPO's gives the policy's none."""
+    minibatch = prepare_minibatch(batch.select(slice(0, 1)), whiten_advantages=False)
+    candidates = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        loss, _ = algorithm.loss(forward(policy, algorithm, minibatch), minibatch)
+        gradients = torch.autograd.grad(loss, list(candidates.values()), allow_unused=True)
+    given = zip(candidates.items(), gradients, strict=True)
+    return {name: parameter for (name, parameter), gradient in given if gradient is not None}
 
 
 def prepare_minibatch(minibatch: TrainingBatch, whiten_advantages: bool) -> TrainingBatch:

@@ -35,6 +35,8 @@ FAMILIES: dict[str, Any] = {
     "gaussian": Gaussian(2),
     "squashed": SquashedGaussian(2, (1.0, 2.0), (0.0, 0.5)),
 }
+PLAIN = partial(EagerStepper, flat_up_to=0)
+"""torch.optim's own step and clipping: what the others are compared with."""
 BASE = PPOConfig(
     kl_coef=0.0, gamma=0.9, value_coef=1.0, value_clip_range=None, normalize_advantages="minibatch", anneal_clip=True
 )
@@ -221,14 +223,20 @@ def distributed() -> Distributed:
 
 
 def check_case(case: dict[str, Any], distributed: Distributed, stepper: Any, dtype=torch.float64, updates=2) -> None:
-    eager, other = Run(EagerStepper, distributed, case, dtype), Run(stepper, distributed, case, dtype)
+    plain, other = Run(PLAIN, distributed, case, dtype), Run(stepper, distributed, case, dtype)
     for step in range(updates):
-        assert_equal(other.update(step), eager.update(step), **(TIGHT if dtype == torch.float64 else LOOSE))
+        assert_equal(other.update(step), plain.update(step), **(TIGHT if dtype == torch.float64 else LOOSE))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_traced_step_is_the_eager_step(distributed, case):
     check_case(CASES[case], distributed, Traced)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_eager_step_on_vectors_is_that_of_torch(distributed, case, dtype):
+    check_case(CASES[case], distributed, EagerStepper, dtype, updates=4)
 
 
 def test_the_cases_clip_pad_and_stop_as_their_names_say(distributed):
@@ -359,7 +367,7 @@ def test_padding_keeps_every_weight_and_adds_none(distributed):
 
 def test_two_runs_in_one_process_do_not_share_a_graph(distributed):
     cases = [CASES["clipped, whitened, annealed"], {"ppo": {"surrogate": "unclipped", "clip_range": 0.01}}]
-    compiled, eager = ([Run(kind, distributed, case) for case in cases] for kind in (Traced, EagerStepper))
+    compiled, eager = ([Run(kind, distributed, case) for case in cases] for kind in (Traced, PLAIN))
     for step in range(2):
         for run, other in zip(compiled, eager, strict=True):
             assert_equal(run.update(step), other.update(step), **TIGHT)
@@ -370,15 +378,15 @@ def test_two_runs_in_one_process_do_not_share_a_graph(distributed):
 
 @pytest.mark.parametrize("case", ["clipped, whitened, annealed", "A2C: score function, RMSprop, one step"])
 def test_eager_and_compiled_updates_go_on_from_one_another(distributed, case):
-    mixed, eager = (Run(EagerStepper, distributed, CASES[case]) for _ in range(2))
-    for step, stepper in enumerate([Traced, EagerStepper, Traced, Traced]):
+    mixed, eager = (Run(PLAIN, distributed, CASES[case]) for _ in range(2))
+    for step, stepper in enumerate([Traced, PLAIN, EagerStepper, Traced]):
         mixed.use(stepper)
         assert_equal(mixed.update(step), eager.update(step), **TIGHT)
 
 
 def test_a_loaded_optimizer_state_is_continued(distributed):
     """As after a resume: the same stepper, tensors replaced under it."""
-    run, eager = Run(Traced, distributed, {}), Run(EagerStepper, distributed, {})
+    run, eager = Run(Traced, distributed, {}), Run(PLAIN, distributed, {})
     for one in (run, eager):
         one.update(0)
         one.optimizer.load_state_dict(one.optimizer.state_dict())
@@ -408,7 +416,7 @@ def poisoned(run: Run, step: int, number: float):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_stops_the_run_where_eager_mode_stops(distributed, number):
     case = {"ppo": {"normalize_advantages": "none"}, "update": {"minibatch_size": 4, "num_epochs": 1}}
-    runs = [Run(kind, distributed, case).update(0) for kind in (Traced, EagerStepper)]
+    runs = [Run(kind, distributed, case).update(0) for kind in (Traced, PLAIN)]
     messages = []
     for run in runs:
         batch = poisoned(run, 1, number)
@@ -480,7 +488,7 @@ def test_several_groups_and_mixed_types_are_refused(distributed):
 
 
 def run_with(distributed, batch_changes=lambda batch: batch, policy=None, **changes) -> None:
-    run = Run(EagerStepper, distributed, {})
+    run = Run(PLAIN, distributed, {})
     run.policy = policy or run.policy
     batch = batch_changes(run.algorithm.prepare(play(run.policy, 0), 0.0, run.state, local_sum))
     optimizer = Adam(run.policy.parameters())
