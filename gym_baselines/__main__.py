@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from gym_baselines import compare, plots
-from gym_baselines.agent import Agent
+from gym_baselines.agent import EVALUATION_FILE, Agent
 from gym_baselines.config import TrainConfig
 from gym_baselines.evaluate import evaluate
 from gym_baselines.presets import is_tuned, preset
@@ -21,7 +21,6 @@ from gym_baselines.video import record_video
 from rlhf.cli import guard, parse
 from rlhf.errors import InputError
 
-EVALUATION_FILE = "evaluation.json"
 USAGE = """usage: python -m gym_baselines COMMAND ...
 
   train      train an agent: --env CartPole-v1 --algorithm ppo --seed 0, --config FILE.yaml, any setting (--help)
@@ -53,13 +52,14 @@ def train_command(argv: Sequence[str]) -> None:
     try:
         training.run()
     except KeyboardInterrupt:
-        print(f"interrupted; continue with the same command and --resume (checkpoints are in {config.output_dir})")
+        if distributed.is_main:
+            print(f"interrupted after {training.agent.environment_steps} steps, {training.saved}")
         sys.exit(130)
     finally:
         training.close()
     agent = training.agent
     if distributed.is_main:
-        results = report(agent, episodes=100, seed=config.seed)
+        results = report(agent, episodes=config.final_episodes, seed=config.seed)
         (Path(str(config.output_dir)) / EVALUATION_FILE).write_text(json.dumps(results, sort_keys=True) + "\n")
         print(f"agent and metrics are in {config.output_dir}: python -m gym_baselines evaluate {config.output_dir}")
 
@@ -123,7 +123,10 @@ def _named(argv: Sequence[str], setting: str) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{setting}")
     parser.add_argument("--config")
-    options, _ = parser.parse_known_args([argument for argument in argv if argument != "--help"])
+    try:
+        options, _ = parser.parse_known_args([argument for argument in argv if argument != "--help"])
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}. Give the value after it.") from error
     settings = {}
     if options.config is not None:
         try:

@@ -21,7 +21,7 @@ from gym_baselines.spaces import space_from_json, space_to_json
 from rlhf.core.random import EVALUATION, uniform
 from rlhf.errors import InputError
 
-AGENT_FILE, WEIGHTS_FILE = "agent.json", "policy.safetensors"
+AGENT_FILE, WEIGHTS_FILE, EVALUATION_FILE = "agent.json", "policy.safetensors", "evaluation.json"
 _FORMAT = "gym_baselines agent 2"
 _NOT_OF_THE_AGENT = ("output_dir", "overwrite", "resume", "progress_bar", "tensorboard")
 
@@ -141,7 +141,10 @@ class Agent:
         except InputError:
             raise
         except OSError as error:
-            raise InputError(f"{problem}: {error}. Give the output_dir of a finished training run.") from error
+            raise InputError(
+                f"{problem}: {error}. Give the output_dir of a finished training run; one that was interrupted is "
+                "finished by the same command with --resume."
+            ) from error
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{problem}, or its files are damaged ({error}). Train it again.") from error
 

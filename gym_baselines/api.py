@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import gymnasium as gym
 import numpy as np
 from torch import nn
 
@@ -30,7 +31,11 @@ class Learner:
     algorithm: ClassVar[str]
 
     def __init__(
-        self, env: EnvLike = "CartPole-v1", *, features: Callable[[Any], nn.Module] | None = None, **settings: Any
+        self,
+        env: EnvLike = "CartPole-v1",
+        *more: Any,
+        features: Callable[[Any], nn.Module] | None = None,
+        **settings: Any,
     ) -> None:
         """env: a Gymnasium id, a function that makes one environment, or a vector environment.
 
@@ -40,10 +45,16 @@ class Learner:
         observations, in place of the networks' hidden layers.
         """
         name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
-        if isinstance(env, str) and env.endswith("Policy"):
+        if more or (isinstance(env, str) and env.endswith("Policy")):
             raise InputError(
-                f"{env!r} is a policy's name in Stable-Baselines3: here the environment comes first, and policies follow "
-                "from its spaces (see hidden_sizes, encoder, features)."
+                f"The environment comes first and settings by name, got {(env, *more)}: policies (Stable-Baselines3's "
+                "'MlpPolicy') follow from the spaces here; see hidden_sizes, encoder, features."
+            )
+        if "algorithm" in settings:
+            raise InputError(f"algorithm is what the class says, {self.algorithm}: use the class of the other's name.")
+        if isinstance(env, gym.Env) and not isinstance(env, gym.vector.VectorEnv):
+            raise InputError(
+                "env is one environment, and several are needed: give its id, or a function that makes one."
             )
         if not isinstance(env, str) and not callable(env):
             held = getattr(env, "num_envs", 1)
@@ -62,12 +73,15 @@ class Learner:
         *,
         callbacks: Sequence[Callback] | Callback = (),
         progress_bar: bool | None = None,
+        total_timesteps: int | float | None = None,
     ) -> Self:
         """Train for `total_steps` more environment steps (as many as set, or as last time, if None), and return self.
 
         Called again, it goes on where it stopped; the learning rate then falls over the new steps. With output_dir and
-        resume=True, the first call continues an interrupted one instead, exactly.
+        resume=True, the first call continues an interrupted one instead, exactly. total_timesteps: another name of
+        total_steps.
         """
+        total_steps = total_timesteps if total_steps is None else total_steps
         if progress_bar is not None:
             self.config = with_settings(self.config, progress_bar=progress_bar)
         if total_steps is not None:
@@ -119,6 +133,11 @@ class Learner:
             )
         learner = cls.__new__(cls)
         learner.config = with_settings(saved, **settings)
+        if learner.config.network != saved.network:
+            raise InputError(
+                f"A saved agent keeps its networks: {learner.config.network} was asked for, {saved.network} was saved. "
+                "Train a new agent instead."
+            )
         learner._env, learner._features = env or agent.env, features
         learner._training, learner.agent = None, agent
         return learner

@@ -150,6 +150,8 @@ class Collector:
         self.returns += record.rewards[t]  # 0 at a ghost
         self.lengths += record.mask[t]
         self.action_mask = self.allowed(infos, ends, None)
+        if self.reports_games:  # a lost life ends an episode for learning; what is reported is the whole game
+            self._note_games(record, t, infos, ends)
         if ends.any():
             self._finish(record, t, ends, infos)
         if self.ghosts_follow_ends:
@@ -157,23 +159,24 @@ class Collector:
 
     def _finish(self, record: Record, t: int, ends: np.ndarray, infos: dict[str, Any]) -> None:
         """Returns and lengths by our own arithmetic (the wrappers' differ between modes and versions); final states."""
-        if self.reports_games:  # a lost life ends an episode for learning; what is reported is the whole game
-            over, returns, lengths = finished_games(infos, ends)
-        else:
-            over, returns, lengths = ends, self.returns, self.lengths
-        record.finished[t, over, 0], record.finished[t, over, 1] = returns[over], lengths[over]
+        if not self.reports_games:
+            record.finished[t, ends, 0], record.finished[t, ends, 1] = self.returns[ends], self.lengths[ends]
         self.returns[ends], self.lengths[ends] = 0.0, 0
+        rows = np.flatnonzero(ends).tolist()
         if self.mode == AutoresetMode.SAME_STEP:
-            record.final_observations += [
-                (t, row, np.array(infos["final_obs"][row])) for row in np.flatnonzero(ends).tolist()
-            ]
+            record.final_observations += [(t, row, np.array(infos["final_obs"][row])) for row in rows]
         elif self.mode == AutoresetMode.DISABLED or self.whole_episodes:
-            record.final_observations += [
-                (t, row, np.array(self.observation[row])) for row in np.flatnonzero(ends).tolist()
-            ]
+            record.final_observations += [(t, row, np.array(self.observation[row])) for row in rows]
         if self.mode == AutoresetMode.DISABLED:
             self.observation, after = self.envs.reset(options={"reset_mask": ends})
             self.action_mask = self.allowed(after, np.zeros_like(ends), self.action_mask)
+            if self.reports_games:
+                self._note_games(record, t, after, ends)
+
+    def _note_games(self, record: Record, t: int, infos: dict[str, Any], ends: np.ndarray) -> None:
+        """A game may also end in what a reset does after a lost life, and is then told with the reset."""
+        over, returns, lengths = finished_games(infos, ends)
+        record.finished[t, over, 0], record.finished[t, over, 1] = returns[over], lengths[over]
 
     def allowed(self, infos: dict[str, Any], ends: np.ndarray, before: np.ndarray | None) -> np.ndarray | None:
         """(rows, choices) bool: the actions that are allowed in the coming step."""
@@ -242,10 +245,19 @@ class Collector:
 
     def _check(self, record: Record) -> None:
         """An environment that gives a NaN is named before anything is learnt from it."""
-        for name, array in (("reward", record.rewards), ("observation", record.observations)):
-            if not np.isfinite(array).all():
-                t, row = np.argwhere(~np.isfinite(array))[0][:2]
-                raise TrainingError(
-                    f"The {name} of environment {int(self.rows[row])} is not finite ({array[t, row]}) at step {t} of a "
-                    "rollout. Look for a division by zero or a diverging simulation in the environment."
-                )
+        if not np.isfinite(record.rewards).all():
+            t, row = np.argwhere(~np.isfinite(record.rewards))[0]
+            raise self._not_finite("reward", record.rewards[t, row], row, t)
+        if not np.isfinite(record.observations).all():
+            t, row = np.argwhere(~np.isfinite(record.observations))[0][:2]
+            raise self._not_finite("observation", record.observations[t, row], row, t)
+        finals = [(t, row, final) for t, row, final in record.final_observations if not record.terminated[t, row]]
+        for t, row, observation in [*finals, *((len(record.mask), row, o) for row, o in enumerate(self.observation))]:
+            if not np.isfinite(observation).all():
+                raise self._not_finite("observation", observation, row, t)
+
+    def _not_finite(self, what: str, value: Any, row: int, t: int) -> TrainingError:
+        return TrainingError(
+            f"The {what} of environment {int(self.rows[row])} is not finite ({value}) at step {t} of a rollout. Look for a "
+            "division by zero or a diverging simulation in the environment."
+        )

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from gym_baselines.environments import EnvironmentConfig
@@ -65,6 +66,8 @@ class TrainConfig:
     """Environment steps between two evaluations of the greedy policy; none during training if null."""
     eval_episodes: int = 20
     """Episodes of each evaluation."""
+    final_episodes: int = 100
+    """Episodes of the evaluation with which the command `train` ends, greedy and as often drawn."""
     checkpoint_every: int | None = 50_000
     """Environment steps between two checkpoints in output_dir, from which a run can be resumed; none if null."""
     keep_checkpoints: int = 1
@@ -82,7 +85,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("total_steps", "num_envs", "rollout_steps", "eval_every", "eval_episodes", "checkpoint_every"):
+        for name in (
+            "total_steps",
+            "num_envs",
+            "rollout_steps",
+            "eval_every",
+            "eval_episodes",
+            "final_episodes",
+            "checkpoint_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}.")
@@ -95,6 +106,10 @@ class TrainConfig:
             raise InputError(f"seed must lie in [0, 2**32), got {self.seed}.")
         if self.output_dir is None and (self.resume or self.tensorboard):
             raise InputError("resume and tensorboard need an output_dir: name the folder of the run.")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise InputError(
+                "tensorboard is not installed: pip install 'rlhf-toolkit[tracking]', or set tensorboard to false."
+            )
         if self.resume and self.overwrite:
             raise InputError("resume continues the run and overwrite deletes it: give only one of the two.")
         self._check_batch()
@@ -212,7 +227,9 @@ def _plain(group: Any, name: str, value: Any) -> Any:
     """As the setting wants it: [64, 64] is a tuple, and 1e6 steps are an integer."""
     if isinstance(value, list):
         return tuple(value)
-    counts = isinstance(getattr(group, name), int) and isinstance(value, float) and value.is_integer()
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()  # a NumPy number
+    counts = isinstance(getattr(group, name), int | None) and isinstance(value, float) and value.is_integer()
     return int(value) if counts else value
 
 

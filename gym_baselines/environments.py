@@ -150,7 +150,10 @@ def make_vector_env(
     if autoreset is not None:
         options = replace(options, autoreset=autoreset)
     if len(rows) == 0:
-        raise InputError("This process would hold no environment: num_envs must be at least the number of processes.")
+        raise InputError(
+            "This process would hold no environment: num_envs must be at least the number of processes. Raise it (and "
+            "lower rollout_steps, to keep their product), or start fewer processes."
+        )
     if isinstance(env, VectorEnv) or is_pool(env):
         given = as_vector_env(env, seed=seed, first_row=rows[0])
         if given.num_envs != len(rows):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -73,6 +74,11 @@ def evaluate(
         policy = agent
     else:
         raise InputError(f"evaluate needs a trained agent or a policy, got {agent!r:.200}.")
+    if isinstance(agent, Agent) and env == agent.env and env not in gym.registry and "/" not in str(env):
+        raise InputError(
+            f"The agent was trained on an environment of your own ({env}), which was not saved with it, or on a vector "
+            "environment: pass env, a function that makes one."
+        )
     if env is None:
         raise InputError("A bare policy does not know its environment: pass env, an id or a function that makes one.")
     return _Games(policy, env, options or EnvironmentConfig(), seed, greedy).play(episodes, num_envs)

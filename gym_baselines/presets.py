@@ -38,7 +38,8 @@ ALGORITHMS: dict[str, Settings] = {
     "reinforce": {
         "surrogate": "score",
         "whole_episodes": True,
-        "rollout_steps": 256,
+        "num_envs": 2,
+        "rollout_steps": 512,  # as long as an episode, so that few steps wait for its end while the policy moves on
         "num_epochs": 1,
         "minibatch_size": None,
         "gae_lambda": 1.0,
@@ -128,7 +129,7 @@ PRESETS: dict[str, dict[str, Settings]] = {
             "gae_lambda": 0.8,
         },
         "a2c": {"total_steps": 500_000, "num_envs": 8, "lr_schedule": "linear"},  # zoo, with a falling rate
-        "reinforce": {"total_steps": 500_000, "num_envs": 8},
+        "reinforce": {"total_steps": 500_000},
         "trpo": {  # zoo's batch, damping and value steps; more and shorter rows, since with its 2 x 512 steps and lambda
             # 0.98 two of four seeds ended at 370 and 420 (as Stable-Baselines3's one of five)
             "total_steps": 100_000,
@@ -211,6 +212,8 @@ def preset(env: str = "CartPole-v1", algorithm: str = "ppo", **changes: Any) -> 
     if algorithm not in ALGORITHMS:
         raise InputError(f"algorithm must be one of {', '.join(get_args(AlgorithmName))}, got {algorithm!r}.")
     tuned = PRESETS.get(env, {}).get(algorithm, {})
+    if env.startswith("ALE/") and not tuned:  # any game needs the preparation, whatever the algorithm
+        tuned = {"atari": True, "frame_stack": 4, "device": "auto", "total_steps": 10_000_000}
     changed = {ALIASES.get(name, name) for name in changes}
     kept = {name: value for name, value in (ALGORITHMS[algorithm] | tuned).items() if name not in changed}
     return with_settings(TrainConfig(env=env), algorithm=algorithm, **kept, **changes)

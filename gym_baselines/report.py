@@ -18,7 +18,7 @@ TENSORBOARD_NAMES = {  # ours -> Stable-Baselines3's
     "value_loss": "train/value_loss",
     "learning_rate": "train/learning_rate",
     "action_std": "train/std",
-    "optimizer_steps": "train/n_updates",
+    "clip_range": "train/clip_range",
 }
 
 
@@ -44,7 +44,7 @@ class Report:
             desc=config.env,
             disable=not (config.progress_bar and distributed.is_main),
         )
-        self._optimizer_steps, self._steps = 0.0, steps
+        self._epochs, self._steps = config.update.num_epochs, steps
         self._clock = time.perf_counter()
         distributed.start_tracking("tensorboard", {})
 
@@ -58,13 +58,12 @@ class Report:
             self._bar.set_postfix_str(f"mean return of recent episodes {metrics['episode_return']:.1f}", refresh=False)
         if self._writer is not None:
             self._writer.write(update, metrics, {"step_s": seconds})
-        self._distributed.track(self._tensorboard(metrics) | {"time/fps": made / seconds}, self._steps)
+        self._distributed.track(self._tensorboard(update, metrics) | {"time/fps": made / seconds}, self._steps)
 
-    def _tensorboard(self, metrics: dict[str, float]) -> dict[str, float]:
-        self._optimizer_steps += metrics["optimizer_steps"]
+    def _tensorboard(self, update: int, metrics: dict[str, float]) -> dict[str, float]:
         named = {TENSORBOARD_NAMES[name]: value for name, value in metrics.items() if name in TENSORBOARD_NAMES}
         named |= {f"gym_baselines/{name}": value for name, value in metrics.items() if name not in TENSORBOARD_NAMES}
-        named["train/n_updates"] = self._optimizer_steps
+        named["train/n_updates"] = float((update + 1) * self._epochs)  # Stable-Baselines3 counts epochs
         named["train/clip_fraction"] = metrics.get("clip_fraction_low", 0.0) + metrics.get("clip_fraction_high", 0.0)
         named["train/entropy_loss"] = -metrics["entropy"]
         return named

@@ -11,15 +11,17 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 from torch.optim import Adam, Optimizer, RMSprop
 
-from gym_baselines.agent import Agent, describe
+from gym_baselines.agent import AGENT_FILE, EVALUATION_FILE, WEIGHTS_FILE, Agent, describe
 from gym_baselines.collect import Collector, Rollout
 from gym_baselines.config import TrainConfig
 from gym_baselines.environments import EnvFactory, check_environment, make_vector_env
 from gym_baselines.evaluate import evaluate
+from gym_baselines.interrupts import deferred_interrupts
 from gym_baselines.networks import ActorCritic
 from gym_baselines.normalize import RewardScale
 from gym_baselines.report import Report
 from gym_baselines.restore import from_checkpoint, restore_rows, row_states, to_checkpoint
+from gym_baselines.spaces import are_alike
 from rlhf.algorithms.ppo import PPO
 from rlhf.algorithms.trpo import TRPO
 from rlhf.checkpoint import Checkpoint, RunDirectory
@@ -85,8 +87,7 @@ class Training:
         device = self.distributed.device
         rows = self.distributed.share(config.num_envs)
         if agent is None:
-            observations, actions = self._spaces()
-            policy = ActorCritic(observations, actions, config.network, seed=config.seed, features=features)
+            policy = ActorCritic(*self._spaces(), config.network, seed=config.seed, features=features)
             agent = Agent(policy=policy, env=config.env)
         agent.settings = describe(config)
         agent.make_env = self._made_by if callable(self._made_by) else None  # type: ignore[assignment]
@@ -96,13 +97,14 @@ class Training:
                 "that makes one environment, or set eval_every to null."
             )
         self.agent, self.policy = agent, agent.policy.to(device)
-        self._checkpoint: Checkpoint | None = None
-        self.directory = self._open_directory()
         if config.trust_region is not None and self.policy.shares_layers:
             raise InputError(
                 "trust_region (TRPO) steps the policy alone, but policies of pictures and of your own features share their "
                 "first layers with the value function: use PPO there."
             )
+        self._check_spaces()
+        self._checkpoint: Checkpoint | None = None
+        self.directory = self._open_directory()
         self.algorithm = PPO(config.ppo) if config.trust_region is None else TRPO(config.ppo, config.trust_region)
         self.state = self.algorithm.initial_state()
         if "values" not in self.algorithm.needs:
@@ -142,32 +144,43 @@ class Training:
     def run(self, callbacks: Sequence[Callback] = ()) -> None:
         """Train until the planned steps are made or a callback returns False."""
         self._restore_once()
-        config, stop = self.config, False
         report = self.report = Report(
-            config,
+            self.config,
             self.distributed,
             first_update=self.updates,
             steps=self.agent.environment_steps,
             until=self.schedule[1],
         )
         try:
-            while self.agent.environment_steps < self.schedule[1] and not stop:
-                before = self.agent.environment_steps
-                metrics = self.step()
-                if self._due(config.eval_every, before):
-                    metrics |= self.evaluate()
-                self._log(metrics)
-                answers = [callback(self.agent, metrics) for callback in callbacks]  # all are called
-                stop = any(answer is not None and not answer for answer in answers)
-                if self._due(config.checkpoint_every, before):
-                    self.save_checkpoint()
-            self.save()
+            with deferred_interrupts() as interrupted:
+                self._loop(callbacks, interrupted)
         except BaseException:
-            if self._between_updates and self.directory is not None and self.distributed.world_size == 1:
+            if self._between_updates and self.distributed.world_size == 1:
                 self.save_checkpoint()  # Ctrl-C or a failing callback: what is trained is not lost
             raise
         finally:
             report.close()
+
+    def _loop(self, callbacks: Sequence[Callback], interrupted: Callable[[], bool]) -> None:
+        config, stop = self.config, False
+        while self.agent.environment_steps < self.schedule[1] and not stop:
+            before = self.agent.environment_steps
+            metrics = self.step()
+            if self._due(config.eval_every, before):
+                metrics |= self.evaluate()
+            self._log(metrics)
+            answers = [callback(self.agent, metrics) for callback in callbacks]  # all are called
+            stop = self._on_any(any(answer is not None and not answer for answer in answers))
+            if self._on_any(interrupted()):
+                self.save_checkpoint()
+                raise KeyboardInterrupt
+            if self._due(config.checkpoint_every, before):
+                self.save_checkpoint()
+        self.save()
+
+    def _on_any(self, answer: bool) -> bool:
+        """Whether some process says so: then all do the same."""
+        return bool(self.distributed.all_sum(torch.tensor(float(answer))) > 0)
 
     def step(self) -> dict[str, float]:
         """One rollout and what is learnt from it."""
@@ -175,8 +188,8 @@ class Training:
         start, end = self.schedule
         progress = (self.agent.environment_steps - start) / (end - start)
         learning_rate = set_learning_rate(self.optimizer, config, progress)
-        rollout = self.collector.collect(config.rollout_steps)
         self._between_updates = False  # from here on, environments and weights belong to different steps
+        rollout = self.collector.collect(config.rollout_steps)
         trajectories = rollout.trajectories
         extra = self._rollout_metrics(trajectories)
         if self.reward_scale is not None:
@@ -187,7 +200,7 @@ class Training:
             batch = batch.select(batch.mask.squeeze(1))
         if not config.whole_episodes or self.updates == 0:  # carried steps were sampled by older weights
             extra["sampler_gap"] = check_ratio(batch, self.updates)
-        metrics = extra | update(
+        metrics = update(
             self.model,
             self.algorithm,
             batch,
@@ -199,10 +212,13 @@ class Training:
             state=self.state,
             stepper=self.stepper,
         )
+        metrics |= extra
         if self.policy.normalizer is not None:
             observations = rollout.trajectories.inputs["observations"]
             self.policy.normalizer.update(observations, trajectories.mask, distributed.all_sum)
         self._count(rollout)
+        if config.ppo.surrogate == "clipped" and config.trust_region is None:
+            metrics["clip_range"] = batch.coefficients["clip_low"]
         return metrics | {
             "learning_rate": learning_rate,
             "environment_steps": self.agent.environment_steps,
@@ -252,6 +268,13 @@ class Training:
         probe = make_vector_env(made_by, rows=range(self.config.num_envs), seed=self.config.seed)
         return probe.single_observation_space, probe.single_action_space
 
+    def _check_spaces(self) -> None:
+        """A loaded agent may be given another environment, but not one with other spaces."""
+        policy = self.policy
+        for own, given in zip((policy.observation_space, policy.action_space), self._spaces(), strict=True):
+            if not are_alike(own, given):
+                raise InputError(f"env {self.config.env} has the space {given}, but the agent was trained with {own}.")
+
     def _open_directory(self) -> RunDirectory | None:
         """Claimed before anything is computed: a refused folder costs nothing."""
         config = self.config
@@ -262,6 +285,7 @@ class Training:
             is_main=self.distributed.is_main,
             barrier=self.distributed.barrier,
             keep=config.keep_checkpoints,
+            others=(AGENT_FILE, WEIGHTS_FILE, EVALUATION_FILE, "tensorboard"),
         )
         self._checkpoint = directory.open(resume=config.resume, overwrite=config.overwrite)
         return directory
@@ -310,6 +334,13 @@ class Training:
         )
         self._saved_at = self.updates
 
+    @property
+    def saved(self) -> str:
+        """What is left of the run if it ends now, for the user."""
+        if self.directory is None or not self._saved_at:
+            return "nothing is saved"
+        return f"update {self._saved_at} is saved: continue with resume (--resume) in {self.config.output_dir}"
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         must_match = set(self._description()) - {"total_steps"}
         notes = check_resumable(checkpoint.config, self._description(), must_match=must_match)
@@ -324,6 +355,7 @@ class Training:
         start, end = state["schedule"]
         self.schedule = (start, max(end, start + self.config.total_steps))
         self.recent.extend((value, length) for value, length in state["recent"])
+        self.agent.recent_returns = [value for value, _ in self.recent]
         if self.reward_scale is not None:
             self.reward_scale.moments = torch.tensor(state["reward_moments"], dtype=torch.float64)
         rows = from_checkpoint(checkpoint.tensors("rows"), state["rows"])
@@ -383,6 +415,3 @@ def check_ratio(batch: TrainingBatch, step: int) -> float:
             "pure function of the observation: no dropout, no batch statistics."
         )
     return gap
-
-
-__all__: Sequence[str] = ["Callback", "Training", "train"]

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,11 @@ class RunDirectory:
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
         keep: int | None = 2,
+        others: Sequence[str] = (),
     ) -> None:
-        """barrier: waits for all processes. keep: how many of the newest checkpoints stay; None: all."""
+        """barrier: waits for all processes. keep: how many of the newest checkpoints stay; None: all. others: names of
+        files and folders that the run writes besides `RUN_NAMES`, and that belong to it alike."""
+        self.names = (*RUN_NAMES, *others)
         if keep is not None and keep < 1:
             raise InputError(f"The number of checkpoints to keep must be at least 1 (or null for all), got {keep}.")
         self.path, self.checkpoints = Path(path), Path(path) / "checkpoints"
@@ -113,7 +116,7 @@ class RunDirectory:
             raise InputError(f"{where} is a file. Give a directory.")
         mark = self.path / RUN_FILE
         ours = mark.is_file() and mark.read_bytes() == _RUN_MARK
-        foreign = [name for name in RUN_NAMES if os.path.lexists(self.path / name)]
+        foreign = [name for name in self.names if os.path.lexists(self.path / name)]
         if foreign and not ours:
             raise InputError(f"{where} holds {foreign}, which no run of this toolkit wrote. Choose another output_dir.")
         if resume is True and not ours:
@@ -121,7 +124,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock(where)
         inside = isinstance(resume, str) and self.checkpoints.resolve() in Path(resume).resolve().parents
-        written = [file for name in RUN_NAMES if (file := self.path / name).is_file()]
+        written = [file for name in self.names if (file := self.path / name).is_file()]
         begun = bool(self._steps()) or any(file.stat().st_size for file in written)
         if begun and not (resume is True or inside or overwrite):
             raise InputError(
@@ -135,7 +138,7 @@ class RunDirectory:
                 discard(path)
             for file in written:
                 file.unlink()
-            for name in RUN_NAMES[-2:]:
+            for name in self.names[1:]:
                 shutil.rmtree(self.path / name, ignore_errors=True)
         if not ours:
             write_file(mark, _RUN_MARK)

@@ -120,7 +120,11 @@ class FlatOptimizer:
 
     @torch.no_grad()
     def store(self) -> None:
-        """Write the vectors back to where `load` took them from."""
+        """Write the vectors back to where `load` took them from. Without a step there is no state, as without `load`."""
+        if not self.count:
+            for p in self.parameters:
+                self.optimizer.state.pop(p)
+            return
         torch._foreach_copy_(self._stored(), self._pieces)
         steps = self._steps()
         torch._foreach_copy_(steps, [self.count] * len(steps))

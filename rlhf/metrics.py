@@ -44,6 +44,7 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "entropy": ("mean entropy of the policy's distribution", "nats per token", "falls to 0 early, or keeps rising"),
     "policy_kl": ("KL(old || policy) of the update, k3 estimator", "nats per token", "above 0.05: too large a step"),
     "policy_kl_k1": ("KL(old || policy) of the update, k1 estimator; may be negative", "nats per token"),
+    "clip_range": ("clip range of this step, which may fall over the run", "1"),
     "measured_kl": (
         "KL(old || policy) over the whole batch after the update",
         "nats per token",

@@ -292,16 +292,13 @@ def heavy_padding(monkeypatch) -> None:
 
 
 def stale_learning_rate(monkeypatch) -> None:
-    load = FlatOptimizer.load
+    run, first = CompiledStepper._run, {}
 
-    def load_all_but_the_rate(self):
-        before, first = self.rate.clone(), not hasattr(self, "seen")
-        load(self)
-        self.seen = True
-        if not first:
-            self.rate.copy_(before)
+    def run_at_the_first_rate(self, *args):
+        self._rate.copy_(first.setdefault(self, self._rate.clone()))
+        return run(self, *args)
 
-    monkeypatch.setattr(FlatOptimizer, "load", load_all_but_the_rate)
+    monkeypatch.setattr(CompiledStepper, "_run", run_at_the_first_rate)
 
 
 def no_whitening(monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """Interrupted equals uninterrupted, to the last bit, for every algorithm and autoreset mode; what cannot be is named."""
 
+import signal
 from pathlib import Path
 
 import gymnasium as gym
@@ -9,6 +10,7 @@ import pytest
 from gym_baselines import preset, train
 from gym_baselines.agent import AGENT_FILE, WEIGHTS_FILE
 from gym_baselines.config import with_settings
+from gym_baselines.networks import ActorCritic
 from rlhf.errors import InputError
 from rlhf.metrics import METRICS_FILE
 from tests.gym_baselines.environments import Clock
@@ -29,7 +31,7 @@ class Stop(Exception):
 
 def config(env, algorithm, folder, **changes):
     settings = {"num_envs": 4, "total_steps": 700, "minibatch_size": None, "progress_bar": False}
-    return preset(env, algorithm, **{**settings, **SHORT[algorithm], **changes, "output_dir": str(folder)})
+    return preset(env, algorithm, **{**settings, **SHORT[algorithm], **changes, "output_dir": folder and str(folder)})
 
 
 def interrupted(config, *, after, env=None, group=None):
@@ -105,7 +107,9 @@ def test_an_environment_that_does_not_replay_is_named_and_starts_a_new_episode(t
 
 
 def test_an_environment_that_replays_is_not_named(tmp_path, distributed, capsys):
-    interrupted(config("Clock", "ppo", tmp_path / "run", rollout_steps=12), after=2, env=BoundedClock, group=distributed)
+    interrupted(
+        config("Clock", "ppo", tmp_path / "run", rollout_steps=12), after=2, env=BoundedClock, group=distributed
+    )
     assert "do not replay" not in capsys.readouterr().out
 
 
@@ -124,3 +128,72 @@ def test_a_finished_run_can_be_prolonged(tmp_path, distributed):
     train(run, distributed=distributed)
     train(with_settings(run, total_steps=600, resume=True), distributed=distributed)
     assert written(tmp_path / "parts")[WEIGHTS_FILE] == written(tmp_path / "whole")[WEIGHTS_FILE]
+
+
+# --- stopped at the worst moment ---
+
+
+@pytest.mark.parametrize("call", [40, 70, 101])
+def test_ctrl_c_in_the_middle_of_a_rollout_loses_and_changes_nothing(call, tmp_path, distributed, monkeypatch):
+    train(config("CartPole-v1", "ppo", tmp_path / "whole"), distributed=distributed)
+    run, sample, calls = config("CartPole-v1", "ppo", tmp_path / "parts"), ActorCritic.sample, []
+
+    def pressed(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return sample(*arguments)
+
+    monkeypatch.setattr(ActorCritic, "sample", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, distributed=distributed)
+    monkeypatch.setattr(ActorCritic, "sample", sample)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(with_settings(run, resume=True), distributed=distributed)
+    assert written(tmp_path / "parts") == written(tmp_path / "whole")
+
+
+def test_an_error_in_the_middle_of_a_rollout_does_not_spoil_the_last_checkpoint(tmp_path, distributed, monkeypatch):
+    settings = {"checkpoint_every": 200}
+    train(config("CartPole-v1", "ppo", tmp_path / "whole", **settings), distributed=distributed)
+    run, sample, calls = config("CartPole-v1", "ppo", tmp_path / "parts", **settings), ActorCritic.sample, []
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == 110:
+            raise OSError("the simulator is gone")
+        return sample(*arguments)
+
+    monkeypatch.setattr(ActorCritic, "sample", fails)
+    with pytest.raises(OSError, match="simulator"):
+        train(run, distributed=distributed)
+    monkeypatch.setattr(ActorCritic, "sample", sample)
+    train(with_settings(run, resume=True), distributed=distributed)
+    assert written(tmp_path / "parts") == written(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, distributed):
+    run = config("CartPole-v1", "ppo", tmp_path)
+    train(run, distributed=distributed)
+    before = written(tmp_path)
+    train(with_settings(run, resume=True), distributed=distributed)
+    assert written(tmp_path) == before
+
+
+def test_an_overwritten_run_leaves_no_agent_behind(tmp_path, distributed):
+    train(config("CartPole-v1", "ppo", tmp_path, total_steps=200), distributed=distributed)
+
+    def stop(agent, metrics):
+        raise Stop
+
+    with pytest.raises(Stop):
+        train(config("CartPole-v1", "ppo", tmp_path, seed=9, overwrite=True), callbacks=[stop], distributed=distributed)
+    assert not (tmp_path / AGENT_FILE).exists() and not (tmp_path / WEIGHTS_FILE).exists()
+
+
+def test_a_folder_with_a_saved_agent_is_not_taken_for_a_run(tmp_path, distributed):
+    train(config("CartPole-v1", "ppo", None, total_steps=200), distributed=distributed).save(tmp_path)
+    before = (tmp_path / WEIGHTS_FILE).read_bytes()
+    with pytest.raises(InputError, match=r"agent\.json"):
+        train(config("CartPole-v1", "ppo", tmp_path, overwrite=True), distributed=distributed)
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
