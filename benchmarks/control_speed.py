@@ -94,7 +94,7 @@ def run_sb3(seed: int, steps: int) -> dict[str, float]:
     model.learn(steps, callback=AfterRollouts())
     clock()
     mean, _ = evaluate_policy(model, Monitor(gym.make("CartPole-v1")), n_eval_episodes=100, deterministic=True)
-    return {**clock.report(), "steps": model.num_timesteps, "return": float(mean)}
+    return {**clock.report(), "steps": model.num_timesteps, "return": float(mean)}  # type: ignore[arg-type]
 
 
 def run_ours(seed: int, steps: int, *, compile: bool) -> dict[str, float]:
@@ -126,7 +126,11 @@ def child(kind: str, seed: int, steps: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    runs = {"sb3": run_sb3, "eager": partial(run_ours, compile=False), "compiled": partial(run_ours, compile=True)}
+    runs: dict[str, Callable[[int, int], dict[str, float]]] = {
+        "sb3": run_sb3,
+        "eager": partial(run_ours, compile=False),
+        "compiled": partial(run_ours, compile=True),
+    }
     runs["eager" if kind == "compiled" else kind](seed, 256)  # loads what the libraries load with their first step
     print(json.dumps(runs[kind](seed, steps)))
 
