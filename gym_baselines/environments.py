@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -55,9 +55,6 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name, choices in (("vectorization", get_args(Vectorization)), ("autoreset", get_args(Autoreset))):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("max_episode_steps", "frame_stack"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from gym_baselines.layers import ACTIVATIONS, NatureCNN, Normalizer, hidden_layers, mlp
+from gym_baselines.layers import NatureCNN, Normalizer, hidden_layers, mlp
 from gym_baselines.spaces import action_family, check_spaces_supported, image_channels
 from rlhf.core.distributions import MASKED_LOGIT, Categorical, MultiCategorical, SquashedGaussian
 from rlhf.errors import InputError, check_types
@@ -53,9 +53,6 @@ class NetworkConfig:
             if not isinstance(sizes, tuple | list) or not all(isinstance(size, int) and size >= 1 for size in sizes):
                 raise InputError(f"{name} must be widths of layers, 1 or more each, such as (64, 64), got {sizes!r}.")
             object.__setattr__(self, name, tuple(sizes))
-        for name, choices in (("activation", tuple(ACTIVATIONS)), ("encoder", ("auto", "mlp", "nature_cnn"))):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if not -20 <= self.log_std_init <= 5:
             raise InputError(f"log_std_init must lie in [-20, 5] (usual: 0), got {self.log_std_init}.")
         if self.shared_trunk and self.value_hidden_sizes not in (None, self.hidden_sizes):
