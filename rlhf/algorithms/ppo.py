@@ -183,7 +183,7 @@ class PPO:
         config, mask = self.config, batch.mask
         bounds = {"clip_low": batch.coefficients["clip_low"], "clip_high": batch.coefficients["clip_high"]}
         terms = {"policy": self._policy_loss(outputs, batch, bounds)}
-        coefficients = {"policy": 1.0, "value": config.value_coef, "entropy": -config.entropy_coef}
+        coefficients = {"value": config.value_coef, "entropy": -config.entropy_coef}
         if config.baseline == "value":
             assert outputs.values is not None and batch.old_values is not None and batch.returns is not None
             terms["value"] = clipped_value_loss(
@@ -198,7 +198,9 @@ class PPO:
         for name, term in terms.items():
             like = "policy" if name == "penalty" else name
             parts[name] = weighted_sum(term, batch.weightings[like].weight, batch.denominators[like])
-        total = torch.stack([coefficients[name] * part for name, part in parts.items()]).sum()
+        total = parts["policy"]
+        for name in list(parts)[1:]:
+            total = total + coefficients[name] * parts[name]
         return total, self._metrics(outputs, batch, parts, bounds)
 
     def _policy_loss(self, outputs: PolicyOutputs, batch: TrainingBatch, bounds: dict[str, float]) -> Tensor:
@@ -224,22 +226,20 @@ class PPO:
         """Token means are given as (sum, count); a loss is already a share of the minibatch, counted by its rows' share."""
         mask = batch.weightings["policy"].weight != 0
         count = mask.sum()
-        lr = log_ratio(outputs.logprobs, batch.old_logprobs, mask)
+        lr = log_ratio(outputs.logprobs, batch.old_logprobs, mask)  # 0 outside the mask, where all of these vanish
         low, high = clipped_elements(lr.exp(), batch.advantages, **bounds)
-        elements = {
-            "policy_kl": kl_estimate(-lr, torch.zeros_like(lr), "k3"),  # samples of the old policy: KL(old || policy)
-            "policy_kl_k1": -lr,
-            "clip_fraction_low": low,
-            "clip_fraction_high": high,
-        }
-        stacked = torch.stack([element.to(lr.dtype) for element in elements.values()])
-        sums = torch.where(mask, stacked, 0.0).sum((1, 2)).unbind()  # one reduction for all of them
-        metrics = {name: (total, count) for name, total in zip(elements, sums, strict=True)}
+        k3 = kl_estimate(-lr, torch.zeros_like(lr), "k3")  # samples of the old policy: KL(old || policy)
+        names = ("policy_kl", "policy_kl_k1", "clip_fraction_low", "clip_fraction_high")
+        sums = torch.stack([k3, -lr, low.to(lr.dtype), high.to(lr.dtype)]).sum((1, 2)).unbind()  # one reduction for all
+        metrics = {name: (total, count) for name, total in zip(names, sums, strict=True)}
+        shares: dict[int, Tensor] = {}
         for name, part in parts.items():
             if name == "penalty":
                 continue  # it is beta times a KL that is logged already
-            share = batch.weightings[name].count.sum() / batch.denominators[name]
-            metrics["entropy" if name == "entropy" else f"{name}_loss"] = (part, share)
+            counts = batch.weightings[name].count
+            if id(counts) not in shares:
+                shares[id(counts)] = counts.sum() / batch.denominators[name]
+            metrics["entropy" if name == "entropy" else f"{name}_loss"] = (part, shares[id(counts)])
         return metrics
 
     def _reference_kl(self, kl: Tensor, state: State, all_sum: AllSum) -> dict[str, float]:
