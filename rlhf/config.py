@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf.algorithms.grpo import GRPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.errors import InputError
 from rlhf.generation import GenerationConfig
@@ -52,12 +53,20 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     """Older checkpoints are deleted once a newer one is complete."""
     log_completions: int = 4
-    """Completions of each step written to completions.jsonl."""
+    """Completions of a step written to completions.jsonl, with their scores."""
+    log_completions_every: int = 1
+    """Steps between two such."""
     tracker: str | None = None
     """Also log to "tensorboard", "wandb" or another tracker that Accelerate knows."""
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "prompts_per_step", "max_prompt_tokens", "keep_checkpoints"):
+        for name in (
+            "total_steps",
+            "prompts_per_step",
+            "max_prompt_tokens",
+            "keep_checkpoints",
+            "log_completions_every",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("warmup_steps", "weight_decay", "eval_every", "checkpoint_every", "log_completions"):
@@ -90,3 +99,34 @@ class PPOTrainerConfig(TrainerConfig):
     """Settings of a PPO run on a language model."""
 
     ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOTrainerConfig(TrainerConfig):
+    """Settings of a GRPO run. `grpo=GRPOConfig.preset("dapo")` starts from a published recipe."""
+
+    learning_rate: float = 1e-6
+    """Of AdamW, at its highest; 1e-6 is usual for models of billions of parameters, small ones want more."""
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=1, minibatch_size=None))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        grpo, update, completions = self.grpo, self.update, self.prompts_per_step * self.grpo.completions_per_prompt
+        updates = update.num_epochs * (completions // (update.minibatch_size or completions))
+        if grpo.surrogate == "score" and updates > 1:
+            raise InputError(
+                f"grpo.surrogate=score has no ratio to the policy that sampled, and {updates} updates per rollout "
+                f"(update.num_epochs={update.num_epochs}, update.minibatch_size={update.minibatch_size}) would be "
+                "off-policy. Set num_epochs to 1 and minibatch_size to null, or the surrogate to clipped."
+            )
+        if grpo.overlong_buffer_tokens >= self.generation.max_new_tokens:
+            raise InputError(
+                f"grpo.overlong_buffer_tokens={grpo.overlong_buffer_tokens} must be below "
+                f"generation.max_new_tokens={self.generation.max_new_tokens}. DAPO's is a fifth of it."
+            )
+        if grpo.overlong_buffer_tokens and self.missing_eos != "keep":
+            raise InputError(
+                f"missing_eos={self.missing_eos} and grpo.overlong_buffer_tokens={grpo.overlong_buffer_tokens} both punish "
+                "length. Choose one of them."
+            )

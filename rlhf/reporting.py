@@ -37,7 +37,8 @@ class RunLog:
         self._metrics.write(step, metrics, {"step_s": seconds})
         for row in completions:
             self._completions.write(step, row)
-        shown = {"score": metrics["score"], "kl": metrics.get("reward_kl"), "s/step": seconds}
+        score = {name: metrics.get(name) for name in ("score", "reward")}
+        shown = {**score, "kl": metrics.get("reward_kl"), "s/step": seconds}
         self._bar.set_postfix(
             {name: f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False
         )

@@ -1,5 +1,6 @@
 """The collector for language models: prompts -> completions -> scores -> `Trajectories`."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from rlhf.errors import TrainingError
 from rlhf.generation import Completion, Draws, GenerationConfig, end_tokens, generate
 from rlhf.metrics import MetricSums
 from rlhf.models import Policy
-from rlhf.rewards import RewardResult, Rewards, completion_texts
+from rlhf.rewards import RewardResult, Rewards, completion_texts, deviations
 from rlhf.types import Inputs, PolicyOutputs, TrainingBatch, Trajectories
 
 MissingEOS = Literal["keep", "replace", "subtract"]
@@ -48,6 +49,8 @@ class Collector:
     missing_eos_value: float | None
     microbatch_tokens: int
     distributed: Distributed
+    allow_unscored: bool = False
+    """A completion on which every reward function abstains is left out of learning, instead of an error."""
 
     def rollout(
         self,
@@ -77,6 +80,7 @@ class Collector:
             columns={name: [prompt.columns[name] for prompt in repeated] for name in repeated[0].columns},
             prompt_ids=[prompt.ids for prompt in repeated],
             trainer_state=trainer_state,
+            allow_unscored=self.allow_unscored,
         )
         return Rollout(
             prompts=repeated,
@@ -102,19 +106,21 @@ class Collector:
         check_finite(result, step)
         return result
 
-    def metrics(self, rollout: Rollout) -> dict[str, float]:
+    def metrics(self, *rollouts: Rollout) -> dict[str, float]:
         """What the completions show before anything is learnt from them; global."""
-        scores, completions, sums = rollout.rewards.scores, rollout.completions, MetricSums()
-        sums.add(_mean("score", scores) | _mean("score_std", [s * s for s in scores]))
-        sums.add(_mean("completion_length", [len(c.ids) for c in completions]))
-        sums.add(_mean("truncated_fraction", [not c.ended for c in completions]))
-        totals = dict(rollout.rewards.totals)
-        for name in self.distributed.gather_objects(list(totals)):  # a function may log a metric on one process only
-            totals.setdefault(name, (0.0, 0.0))
-        sums.add({name: (_number(total), _number(count)) for name, (total, count) in totals.items()})
+        sums, totals = MetricSums(), [rollout.rewards.totals for rollout in rollouts]
+        for rollout in rollouts:
+            scores = [score for score in rollout.rewards.scores if not math.isnan(score)]
+            sums.add(_mean("score", scores) | _mean("score_std", [s * s for s in scores]))
+            sums.add(_mean("completion_length", [len(c.ids) for c in rollout.completions]))
+            sums.add(_mean("truncated_fraction", [not c.ended for c in rollout.completions]))
+        own = [name for total in totals for name in total]
+        for name in sorted(set(self.distributed.gather_objects(own))):  # a function may log one on one process only
+            pairs = [total.get(name, (0.0, 0.0)) for total in totals]
+            sums.add({name: (_number(sum(t for t, _ in pairs)), _number(sum(n for _, n in pairs)))})
         metrics = sums.reduce(self.distributed.all_sum)
         metrics["score_std"] = max(0.0, metrics["score_std"] - metrics["score"] ** 2) ** 0.5
-        return metrics
+        return deviations(metrics)
 
     def evaluation(self, rollout: Rollout) -> dict[str, float]:
         """The same on held-out prompts, with the KL to the reference."""
@@ -168,7 +174,8 @@ def score(
 ) -> Trajectories:
     """The one pass that fills old log-probs, values and reference log-probs, with the learner's present weights.
 
-    The score lies on the last token that counts (EOS, or the token at the length limit), where the episode terminates.
+    The score lies on the last token that counts, where the episode ends: terminated by EOS, or truncated by the length
+    limit, after which nothing is expected either (V = 0; `missing_eos` says what such a completion is worth).
     """
     inputs, actions, mask = policy_inputs(rollout, device)
     row_tokens = inputs["prompt_lengths"] + mask.sum(-1)
@@ -177,22 +184,24 @@ def score(
     dtype = own.logprobs.dtype
     last = torch.zeros_like(mask)
     last[torch.arange(len(mask), device=device), mask.sum(-1) - 1] = True
+    of_row = torch.tensor(scores, dtype=dtype, device=device)
     values = torch.zeros_like(own.logprobs) if own.values is None else own.values.to(dtype)
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     return Trajectories(
         inputs=inputs,
         actions=actions,
         mask=mask,
-        rewards=torch.where(last, torch.tensor(scores, dtype=dtype, device=device).unsqueeze(1), 0.0),
+        rewards=torch.where(last, of_row.nan_to_num(0.0).unsqueeze(1), 0.0),
         sampling_logprobs=_right_pad([completion.logprobs for completion in rollout.completions], device, dtype),
         old_logprobs=own.logprobs,
         values=values,
         next_values=torch.where(last, 0.0, next_values),
-        terminated=last,
+        terminated=last & torch.tensor([c.ended for c in rollout.completions], device=device).unsqueeze(1),
         episode_ends=last,
         ref_logprobs=None if ref is None else ref.logprobs,
         row_tokens=row_tokens,
         row_index=torch.tensor(rollout.row_index, device=device),
+        scored=None if not of_row.isnan().any() else ~of_row.isnan(),
         policy_version=torch.full_like(row_tokens, rollout.version),
     )
 

@@ -40,6 +40,7 @@ from rlhf.rewards import Rewards
 from rlhf.rollout import Collector, Rollout, sampler_metrics
 from rlhf.rows import load_rows
 from rlhf.tokenization import require_pad_token
+from rlhf.types import TrainingBatch
 from rlhf.update import update
 
 MUST_MATCH = {"seed", "prompts_per_step", "dataset", "reference", "algorithm", "generation"}
@@ -69,6 +70,9 @@ class Trainer:
     "messages". reference: the policy to stay close to; by default a frozen copy of `policy` as it is now.
     """
 
+    allow_unscored = False
+    """Whether a completion may stay without a score; algorithms that need one for each refuse it."""
+
     def __init__(
         self,
         algorithm: Algorithm,
@@ -93,9 +97,8 @@ class Trainer:
         self.data = self._prompts(dataset, "dataset")
         self.eval_data = None if eval_dataset is None else self._prompts(eval_dataset, "eval_dataset")
         self._check_batch_sizes()
-        self.rewards = Rewards([self._reward(r) for r in _as_list(rewards)], weights=config.reward_weights)
-        for data in filter(None, (self.data, self.eval_data)):
-            self.rewards.check_columns(data[0].columns)
+        self.rewards = Rewards([self._reward(r) for r in as_list(rewards)], weights=config.reward_weights)
+        self._check_rewards()
 
         lm = load_causal_lm(policy) if isinstance(policy, str) else policy
         self._check_model(lm)
@@ -119,6 +122,7 @@ class Trainer:
             missing_eos_value=config.missing_eos_value,
             microbatch_tokens=config.update.microbatch_tokens,
             distributed=self.distributed,
+            allow_unscored=self.allow_unscored,
         )
         self._reference_fingerprint = None if self.reference is None else fingerprint(self.reference)
         self.state = algorithm.initial_state()
@@ -128,7 +132,7 @@ class Trainer:
             barrier=self.distributed.barrier,
             keep=config.keep_checkpoints,
         )
-        self.step = self._saved_step = 0
+        self.step = self._saved_step = self.cursor = 0
         self.should_stop = False
 
     # ---- the loop ----
@@ -173,12 +177,12 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One rollout and what is learnt from it."""
         config = self.config
-        rollout = self._collect()
+        rollout, metrics, cursor = self._collect(self.cursor)
         trajectories = self.collector.trajectories(rollout, step=self.step)
         state = dict(self.state)
         batch = self.algorithm.prepare(trajectories, self.step / config.total_steps, state, self.distributed.all_sum)
         batch = self.distributed.gather_batch(batch)
-        metrics = self.collector.metrics(rollout) | sampler_metrics(batch)
+        metrics |= sampler_metrics(batch)
         if not self._checked:
             self._self_check(metrics["sampler_gap"], batch.metrics.get("reward_kl"))
         rate = config.learning_rate_at(self.step)
@@ -196,8 +200,8 @@ class Trainer:
             step=self.step,
             state=state,
         )
-        self.state, self.samples = state, self._sample_rows(rollout)
-        return metrics | {"learning_rate": rate, "prompts_seen": (self.step + 1) * config.prompts_per_step}
+        self.state, self.cursor, self.samples = state, cursor, self._sample_rows(rollout, batch)
+        return metrics | {"learning_rate": rate, "prompts_seen": cursor}
 
     def evaluate(self) -> dict[str, float]:
         """One sampled completion per prompt of eval_dataset, scored; the same random draws every time."""
@@ -210,14 +214,22 @@ class Trainer:
         self._notify("on_evaluate", self.step, metrics)
         return metrics
 
-    def _collect(self) -> Rollout:
-        """This process's share of the step's prompts, completed and scored."""
-        count, seed = self.config.prompts_per_step, self.config.seed
-        indices = self.data.step_indices(self.step * count, count, seed)
-        slots = list(self.distributed.share(count))
+    def _collect(self, cursor: int) -> tuple[Rollout, dict[str, float], int]:
+        """This process's share of the step's prompts, completed and scored; its metrics; the prompts drawn by then."""
+        rollout = self._sample(cursor, self.config.prompts_per_step)
+        return rollout, self.collector.metrics(rollout), cursor + self.config.prompts_per_step
+
+    def _sample(self, cursor: int, count: int, *, first_slot: int = 0) -> Rollout:
+        """This process's share of the `count` prompts after the first `cursor` ones of the run, completed and scored.
+
+        first_slot: how many prompts of this step were sampled before; it keeps their random draws apart.
+        """
+        seed = self.config.seed
+        indices = self.data.step_indices(cursor, count, seed)
+        mine = self.distributed.share(count)
         return self.collector.rollout(
-            [self.data[indices[slot]] for slot in slots],
-            Draws(seed=seed, stream=SAMPLING, step=self.step, slots=slots),
+            [self.data[indices[i]] for i in mine],
+            Draws(seed=seed, stream=SAMPLING, step=self.step, slots=[first_slot + i for i in mine]),
             copies=self.algorithm.completions_per_prompt,
             version=self.step,
             trainer_state=self._trainer_state(),
@@ -251,6 +263,10 @@ class Trainer:
             prompt_too_long=self.config.prompt_too_long,
             setting=setting,
         )
+
+    def _check_rewards(self) -> None:
+        for data in filter(None, (self.data, self.eval_data)):
+            self.rewards.check_columns(data[0].columns)
 
     def _check_batch_sizes(self) -> None:
         size = self.config.update.minibatch_size or self.completions_per_step
@@ -301,6 +317,7 @@ class Trainer:
                 keep={"weight_decay"},
             )
             self.state, self.step = checkpoint.state["algorithm"], checkpoint.step
+            self.cursor = checkpoint.state["prompts_seen"]
             self._saved_step = self.step
             self._say(f"resumed from {checkpoint.path}", *[f"changed since: {note}" for note in notes])
         self._describe()
@@ -323,7 +340,7 @@ class Trainer:
         self.run.save(
             self.step,
             {"policy": named_tensors(self.policy), "optimizer": tensors},
-            {"algorithm": self.state, "optimizer": optimizer_state},
+            {"algorithm": self.state, "optimizer": optimizer_state, "prompts_seen": self.cursor},
             config=self._description(),
         )
         self._saved_step = self.step
@@ -364,13 +381,22 @@ class Trainer:
     def _trainer_state(self) -> dict[str, Any]:
         return {"global_step": self.step, "max_steps": self.config.total_steps}
 
-    def _sample_rows(self, rollout: Rollout) -> list[dict[str, Any]]:
+    def _sample_rows(self, rollout: Rollout, batch: TrainingBatch) -> list[dict[str, Any]]:
         """The first completions of the step, as lines of completions.jsonl."""
+        if not self._due(self.step + 1, self.config.log_completions_every):
+            return []
         rows = range(min(self.config.log_completions, len(rollout.completions)))
         texts = self.tokenizer.batch_decode([rollout.completions[row].ids for row in rows])
+        rewards = rollout.rewards
         return [
-            {name: values[row] for name, values in rollout.rewards.extra.items()}
-            | {"prompt": rollout.prompts[row].prompt, "completion": texts[row], "score": rollout.rewards.scores[row]}
+            {name: values[row] for name, values in rewards.extra.items()}
+            | {f"rewards/{name}": values[row] for name, values in rewards.per_function.items()}
+            | {
+                "prompt": rollout.prompts[row].prompt,
+                "completion": texts[row],
+                "score": None if math.isnan(rewards.scores[row]) else rewards.scores[row],
+                "advantage": batch.advantages[rollout.row_index[row], 0].item(),
+            }
             for row in rows
         ]
 
@@ -437,7 +463,8 @@ class Trainer:
             )
 
 
-def _as_list(rewards: Reward | Sequence[Reward]) -> list[Reward]:
+def as_list(rewards: Reward | Sequence[Reward]) -> list[Reward]:
+    """One reward or several, as a list."""
     return [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
 
 

@@ -7,7 +7,7 @@ Worked example, a language model (rows=2, time=3; "." is padding, <e> the end-of
     mask           [[True  True  True], [True True False]]
     rewards        [[0     0     1.3 ], [0   -0.4   0   ]]   the score lies on the last token that counts
     values         V of the state *before* each token;  next_values[t] = values[t + 1], 0 after the end
-    terminated     [[F     F     T   ], [F    T     F   ]]
+    terminated     [[F     F     T   ], [F    T     F   ]]   and so episode_ends; a cut at the limit only the latter
 
 and a control task with automatic resets one step late (NEXT_STEP; rows=1, time=4, an episode of 2 steps and its ghost):
 
@@ -59,6 +59,9 @@ class Trajectories:
     """(rows,) int64: how many tokens (observations) the row occupies in the policy's forward; decides the microbatches."""
     row_index: Tensor
     """(rows,) int64: the row's place in the global batch, whichever process holds it."""
+    scored: Tensor | None = None
+    """(rows,) bool: False where no reward function gave a score; None: all have one. Algorithms that compare scores within
+    a group leave such rows out."""
     policy_version: Tensor | None = None
     """(rows,) int64: the number of updates the sampling policy had seen."""
 

@@ -17,7 +17,7 @@ LAYERS = [
         ["rlhf.update", "rlhf.steppers", "rlhf.compiled", "rlhf.flat_optimizer", "rlhf.distributed", "rlhf.metrics"],
     ),
     ("the language-model parts", ["rlhf"]),  # every other module of rlhf
-    ("the loop", ["rlhf.trainer"]),
+    ("the loop", ["rlhf.trainer", "rlhf.grpo_trainer"]),
     ("choices", ["recipes", "gym_baselines"]),
 ]
 """Lowest first; a module belongs to the longest name it begins with."""

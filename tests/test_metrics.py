@@ -38,7 +38,7 @@ def test_names_of_the_table_are_known(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["scores", "rewards/f", "rewards/f/median", "rewards/a/b/mean", "rewards//mean", "eval/x", "", "score ", "kl"],
+    ["scores", "rewards/f", "rewards/f/median", "rewards/a/b/mean", "rewards//mean", "eval/x", "", "score ", "kls"],
 )
 def test_names_outside_the_table_are_reported(name):
     assert unknown_names(["score", name]) == [name]

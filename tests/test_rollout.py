@@ -60,8 +60,12 @@ def test_the_hand_table_of_a_three_token_example():
     assert got.actions.tolist() == [[5, 6, 2], [2, 0, 0], [7, 8, 0]]
     assert got.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
     assert got.rewards.tolist() == [[0, 0, 1.5], [-2.0, 0, 0], [0, 0.25, 0]]  # on the EOS itself, or the last token
-    assert got.terminated.tolist() == [[False, False, True], [True, False, False], [False, True, False]]
-    assert got.episode_ends.tolist() == got.terminated.tolist()
+    assert got.episode_ends.tolist() == [[False, False, True], [True, False, False], [False, True, False]]
+    assert got.terminated.tolist() == [
+        [False, False, True],
+        [True, False, False],
+        [False, False, False],
+    ]  # not the cut one
     assert got.old_logprobs.tolist() == [[-5, -6, -2], [-2, 0, 0], [-7, -8, 0]]
     assert got.sampling_logprobs.tolist() == [[-1, -2, -3], [-1, 0, 0], [-1, -2, 0]]
     assert got.values.tolist() == [[11, 12, 13], [12, 0, 0], [13, 14, 0]]

@@ -338,10 +338,12 @@ def test_completions_are_written_as_they_were_sampled_and_scored(tmp_path):
             "prompt": call["prompts"][row],
             "completion": "".join(special.get(t) or tiny.LETTERS[t - 3] for t in call["ids"][row]),
             "score": call["scores"][row],
+            "rewards/recorder": call["scores"][row],
         }
         for step, call in enumerate(recorder.calls)
         for row in range(3)
     ]
+    assert all(math.isfinite(line.pop("advantage")) for line in lines)
     assert lines == expected
 
 

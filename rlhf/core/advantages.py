@@ -1,7 +1,14 @@
 """Advantage estimation."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from rlhf.core.masking import AllSum, local_sum
+
+EQUAL = 1e-6
+"""Scores of a group that differ by at most this much of their size are equal: rounding is no preference."""
 
 
 def gae(
@@ -37,3 +44,64 @@ def gae(
         backwards.append(following)
     advantages = torch.where(mask, torch.stack(backwards[::-1], dim=1), 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def group_advantages(
+    scores: Tensor,
+    group_size: int,
+    *,
+    center: Literal["group_mean", "leave_one_out", "none"],
+    scale: Literal["group_std", "batch_std", "none"],
+    std_ddof: int,
+    std_eps: float,
+    scored: Tensor | None = None,
+    all_sum: AllSum = local_sum,
+) -> Tensor:
+    """Advantages of completions relative to their group, (rows,) each; rows of one group are adjacent.
+
+        A_i = (R_i - b_i) / (s + std_eps),    b_i: mean of the group, mean of the others in it (RLOO), or 0
+                                              s: standard deviation of the group or of all scores; none: no division
+
+    GRPO (arXiv 2402.03300, section 4.1.2), Dr. GRPO (2503.20783), RLOO (2402.14740). `scored` (bool) leaves completions
+    out that have no score: they get 0 and count nowhere. In a group of equal scores every centred advantage is exactly 0,
+    whatever rounding makes of their mean. `all_sum` adds over processes; groups must not be split between them.
+    """
+    if len(scores) % group_size:
+        raise ValueError(
+            f"group_advantages needs whole groups: got {len(scores)} scores for group_size={group_size}. Rows of one "
+            "prompt must be adjacent; check completions_per_prompt and that no row was dropped."
+        )
+    counts = torch.ones_like(scores, dtype=torch.bool) if scored is None else scored
+    grouped, inside = torch.where(counts, scores, 0.0).view(-1, group_size), counts.view(-1, group_size)
+    number = inside.sum(1, keepdim=True)
+    mean = grouped.sum(1, keepdim=True) / number.clamp(min=1)
+    deviations = torch.where(inside & ~equal_groups(scores, group_size, counts).unsqueeze(1), grouped - mean, 0.0)
+    centred = grouped if center == "none" else deviations
+    if center == "leave_one_out":
+        centred = deviations * number / (number - 1).clamp(min=1)
+    if scale == "group_std":
+        centred = centred / ((deviations**2).sum(1, keepdim=True) / (number - std_ddof).clamp(min=1)).sqrt().add(
+            std_eps
+        )
+    elif scale == "batch_std":
+        n, total = all_sum(torch.stack([number.sum().to(scores.dtype), grouped.sum()]))
+        squares = all_sum((torch.where(inside, grouped - total / n.clamp(min=1), 0.0) ** 2).sum())
+        centred = centred / ((squares / (n - std_ddof).clamp(min=1)).sqrt() + std_eps)
+    return centred.reshape(-1)
+
+
+def equal_groups(scores: Tensor, group_size: int, scored: Tensor | None = None) -> Tensor:
+    """(groups,) bool: the scores of the group are all equal up to rounding (or there is at most one), so that nothing can
+    be learnt from comparing them."""
+    grouped = scores.view(-1, group_size)
+    inside = torch.ones_like(grouped, dtype=torch.bool) if scored is None else scored.view(-1, group_size)
+    highest = torch.where(inside, grouped, -torch.inf).amax(1)
+    lowest = torch.where(inside, grouped, torch.inf).amin(1)
+    size = torch.where(inside, grouped.abs(), 0.0).amax(1).clamp(min=1.0)
+    return highest - lowest <= EQUAL * size
+
+
+def return_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the rewards of each step and of those after it, undiscounted, (rows, time); 0 where `mask` is False."""
+    masked = torch.where(mask, rewards, 0.0)
+    return torch.where(mask, masked.flip(-1).cumsum(-1).flip(-1), 0.0)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
+LossKL = Literal["k2", "k3", "weighted_k3", "sequence_k2", "sequence_k3"]
 
 MAX_LOG_RATIO = 20.0
 """exp() of more is meaningless; clamping before it keeps value and gradient finite (the gradient is 0 beyond)."""
@@ -44,6 +45,22 @@ def sequence_kl_estimate(
     """
     log_ratio = torch.where(mask, sampler_logprobs - other_logprobs, 0.0).sum(-1)
     return kl_estimate(log_ratio, torch.zeros_like(log_ratio), estimator)
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, mask: Tensor, estimator: LossKL) -> Tensor:
+    """A KL to the reference to be differentiated, per element: all tensors (rows, time), 0 where `mask` is False.
+
+    "k2", "k3": of each token. "weighted_k3": times `ratio` = pi / pi_old, with its gradient, which makes the gradient that
+    of KL(policy || reference) at sampled prefixes, also off-policy (DeepSeek-V3.2, arXiv 2512.02556). "sequence_k2",
+    "sequence_k3": of the completion's summed log-ratio, spread evenly over its tokens so that their sum is the estimate.
+    """
+    if estimator == "sequence_k2" or estimator == "sequence_k3":
+        of_row = sequence_kl_estimate(logprobs, ref_logprobs, mask, "k2" if estimator == "sequence_k2" else "k3")
+        return mask * (of_row / mask.sum(-1).clamp(min=1)).unsqueeze(1)
+    d = torch.where(mask, logprobs - ref_logprobs, 0.0)
+    if estimator == "weighted_k3":
+        return ratio * kl_estimate(d, torch.zeros_like(d), "k3")
+    return kl_estimate(d, torch.zeros_like(d), estimator)
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, num_completions: int, horizon: int) -> float:

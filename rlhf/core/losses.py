@@ -43,6 +43,29 @@ def unclipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
     return -log_ratio(logprobs, old_logprobs, mask).exp() * advantages
 
 
+def clipped_weight_surrogate(
+    logprobs: Tensor, log_ratios: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: no token loses its gradient, only weight.
+
+    CISPO (MiniMax-M1, arXiv 2506.13585, eqs. 4-5), where clip_low >= 1 leaves no lower bound. `log_ratios` is log r,
+    from `log_ratio` or `sequence_log_ratio`.
+    """
+    weight = log_ratios.detach().exp().clamp(1 - clip_low, 1 + clip_high)
+    return -weight * advantages * torch.where(mask, logprobs, 0.0)
+
+
+def sequence_log_ratio(log_ratios: Tensor, mask: Tensor, *, mean: bool) -> Tensor:
+    """log of the ratio of each whole completion, (rows, time) -> (rows, time), the same for all tokens of a row.
+
+    mean: divided by the completion's length, the geometric mean of GSPO (arXiv 2507.18071, eq. 7). The sum is the
+    importance weight of the completion. `log_ratios` is 0 where `mask` is False.
+    """
+    total = log_ratios.sum(-1, keepdim=True)
+    total = total / mask.sum(-1, keepdim=True).clamp(min=1) if mean else total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.where(mask, total, 0.0)
+
+
 def score_surrogate(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """-log pi A, whose gradient is the policy gradient (Williams 1992, REINFORCE; A2C): no ratio to the old policy."""
     return -torch.where(mask, logprobs, 0.0) * advantages
