@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf.trainer import Callback, PPOTrainer, PPOTrainerConfig
+from rlhf.config import PPOTrainerConfig, TrainerConfig
+from rlhf.trainer import Callback, PPOTrainer, Trainer
 from tests import tree
 
 PROMPT = 1
@@ -59,8 +60,10 @@ def logits_of(lm: GPT2LMHeadModel) -> Tensor:
 
 
 @torch.no_grad()
-def values_of(trainer: PPOTrainer) -> Tensor:
+def values_of(trainer: Trainer) -> Tensor:
     """(7,) float64: the value head at each prefix."""
+    if trainer.policy.value_head is None:
+        return torch.zeros(7).double()
     hidden = trainer.policy.lm.base_model(input_ids=_PREFIX_IDS).last_hidden_state[torch.arange(7), _LAST]
     return trainer.policy.value_head(hidden).double()
 
@@ -91,24 +94,32 @@ def problem_of(lm: GPT2LMHeadModel, *, beta: float = 0.37, shift: float = 0.0, s
     return tree.Problem(reference=logits_of(lm), rewards=rewards, beta=beta)
 
 
-def train(problem: tree.Problem, lm: GPT2LMHeadModel, output_dir: Path, **settings: Any) -> Result:
-    """Train `lm` on the problem with `PPOTrainerConfig(**settings)`; everything else is a shipped default."""
+def train(
+    problem: tree.Problem,
+    lm: GPT2LMHeadModel,
+    output_dir: Path,
+    *,
+    trainer_class: type[Trainer] = PPOTrainer,
+    config_class: type[TrainerConfig] = PPOTrainerConfig,
+    **settings: Any,
+) -> Result:
+    """Train `lm` on the problem with `config_class(**settings)`; everything else is a shipped default."""
 
     def reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         return [float(problem.rewards[tree.SEQUENCES.index(tuple(ids))]) for ids in completion_ids]
 
     history: list[dict[str, float]] = []
     thetas, values = [logits_of(lm)], []
-    config = PPOTrainerConfig(output_dir=str(output_dir), **settings)
+    config = config_class(output_dir=str(output_dir), **settings)
 
     class Recorder(Callback):
-        def on_step_end(self, trainer: PPOTrainer, step: int, metrics: dict[str, float]) -> None:  # type: ignore[override]
+        def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:  # type: ignore[override]
             history.append(metrics)
             thetas.append(logits_of(trainer.policy.lm))
-            values.append(values_of(trainer))
+            values.append(values_of(trainer))  # 0 without a value head
 
     rows = [{"prompt": "a"}] * config.prompts_per_step
-    PPOTrainer(lm, reward, rows, config, tokenizer=tokenizer(), callbacks=[Recorder()]).train()
+    trainer_class(lm, reward, rows, config, tokenizer=tokenizer(), callbacks=[Recorder()]).train()
 
     best, theta = problem.best_objective(), thetas[-1] / config.generation.temperature
     error = values[-1] - problem.soft_values()[0]
