@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help ppo cartpole test test-slow bench bench-control figures lint clean
+.PHONY: help ppo grpo cartpole test test-slow bench bench-control figures lint clean
 
 help:
 	@echo "make ppo        fine-tune a small language model with PPO against a learnt reward model (offline, minutes)"
+	@echo "make grpo       teach a small language model to add with GRPO and a verifiable reward (offline, minutes)"
 	@echo "make cartpole   the same PPO balances CartPole (a minute or two)"
 	@echo "make test       the tests        make test-slow   the long ones       make lint    ruff and mypy"
 	@echo "make bench      the figures of the README    make bench-control   those of docs/control.md (hours)"
@@ -15,11 +16,14 @@ help:
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gym,box2d,mujoco,atari,envpool,video,peers,plots,tracking,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gym,box2d,mujoco,atari,envpool,video,peers,plots,math,tracking,dev]'
 	@touch $@
 
 ppo: $(READY)
 	$(BIN)/python recipes/ppo_rlhf.py --config recipes/configs/ppo_embedded.yaml $(ARGS)
+
+grpo: $(READY)
+	$(BIN)/python recipes/grpo.py --config recipes/configs/grpo_embedded.yaml $(ARGS)
 
 cartpole: $(READY)
 	$(BIN)/python -m gym_baselines train --env CartPole-v1 --seed 0 $(ARGS)
@@ -37,6 +41,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/embedded_seeds.py
+	$(BIN)/python benchmarks/grpo_seeds.py
 
 bench-control: $(READY)
 	$(BIN)/python benchmarks/control_speed.py

@@ -5,10 +5,6 @@ it drew the preferences and judges in the end, and nothing is trained on it.
 """
 
 import json
-import shutil
-import time
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +14,15 @@ import torch
 import transformers
 from reward_model import RewardModelConfig, train_reward_model
 from sft import SFTConfig, fine_tune
+from stages import Stages
 from transformers import LlamaForCausalLM
 
 from rlhf.core.random import EVALUATION
 from rlhf.data import PromptDataset
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError
 from rlhf.generation import Draws
 from rlhf.metrics import plot_curves
 from rlhf.models import Policy, load_causal_lm, load_tokenizer
-from rlhf.reporting import say
 from rlhf.reward_model import RewardModel
 from rlhf.rewards import Rewards
 from rlhf.rollout import Collector, Rollout
@@ -52,57 +47,12 @@ def run(config: "PPORecipe") -> dict[str, dict[str, float]]:
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: every file is small here
     datasets.disable_progress_bars()
     distributed, root = Distributed(precision=config.precision), Path(config.output_dir)
-    stages = Stages(root, config, distributed)
+    stages = Stages(root, config.training(output_dir=""), distributed, overwrite=config.overwrite)
     stages.run("data", "data", lambda folder: embedded.write_data(folder, config.seed), on_main=True)
     stages.run("supervised fine-tuning", "sft", lambda folder: _train_sft(root, folder, config.seed))
     stages.run("reward model", "reward_model", lambda folder: _train_reward_model(root, folder, config.seed))
     stages.run("PPO", "ppo/policy", lambda _: _train_ppo(root, config))
     return _evaluate(root, config, distributed)
-
-
-class Stages:
-    """Runs what is not there yet, and says which is which."""
-
-    def __init__(self, root: Path, config: "PPORecipe", distributed: Distributed) -> None:
-        self.root, self.distributed = root, distributed
-        mark = root / "pipeline.json"
-        if distributed.is_main:
-            if config.overwrite and mark.is_file():
-                shutil.rmtree(root)
-            if root.exists() and any(root.iterdir()) and not mark.is_file():
-                raise InputError(f"output_dir={str(root)!r} holds something else. Choose another directory.")
-            root.mkdir(parents=True, exist_ok=True)
-            settings = json.loads(json.dumps(asdict(config.training(output_dir=""))))
-            saved = json.loads(mark.read_text()) if mark.is_file() else settings
-            changed = [
-                f"{name}: {saved.get(name)} -> {value}" for name, value in settings.items() if saved.get(name) != value
-            ]
-            if changed:
-                raise InputError(
-                    f"output_dir={str(root)!r} was made with other settings ({'; '.join(changed)}). Choose another "
-                    "directory, or start it anew with --overwrite."
-                )
-            mark.write_text(json.dumps(settings) + "\n")
-        distributed.barrier()
-
-    def run(self, name: str, folder: str, make: Callable[[Path], Any], on_main: bool = False) -> None:
-        """`make(folder)` leaves the folder whole or not at all. on_main: the other processes wait."""
-        path = self.root / folder
-        finished = path.exists()
-        self.distributed.barrier()  # all have looked before one makes it
-        if finished:
-            self._say(f"{name}: reusing {path} (--overwrite starts anew)")
-            return
-        self._say(f"{name} -> {path}")
-        if not on_main or self.distributed.is_main:
-            start = time.perf_counter()
-            make(path)
-            self._say(f"{name}: {time.perf_counter() - start:.0f} s")
-        self.distributed.barrier()
-
-    def _say(self, text: str) -> None:
-        if self.distributed.is_main:
-            say(text)
 
 
 def _train_sft(root: Path, folder: Path, seed: int) -> None:

@@ -22,6 +22,7 @@ _HOME = {
     "UpdateConfig": "rlhf.update",
     "GenerationConfig": "rlhf.generation",
     "RewardModel": "rlhf.reward_model",
+    "isolated": "rlhf.rewards",
     "InputError": "rlhf.errors",
     "TrainingError": "rlhf.errors",
 }

@@ -25,6 +25,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from rlhf.errors import InputError, TrainingError
+from rlhf.foreign_settings import instead
 
 T = TypeVar("T")
 OWN_OPTIONS = ("config", "print_config", "help")
@@ -128,7 +129,10 @@ def _type_name(hint: Any) -> str:
 
 
 def _suggest(name: str, names: Sequence[str]) -> str:
-    """The nearest setting, also if only its last part is near: clip_rang -> ppo.clip_range."""
+    """The nearest setting, also if only its last part is near: clip_rang -> ppo.clip_range; in commands of GRPO, what to
+    set for a name that users of TRL know."""
+    if "grpo" in names and (hint := instead(name)) is not None:
+        return hint
     leaves = {known.rpartition(".")[2]: known for known in reversed(names)}
     close = get_close_matches(name, names, n=1) or [
         leaves[leaf] for leaf in get_close_matches(name.rpartition(".")[2], leaves, n=1)

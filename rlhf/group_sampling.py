@@ -42,8 +42,14 @@ def split_groups(rollout: Rollout, size: int, verdict: str) -> list[Group]:
 def verdict_scores(rollout: Rollout, verdict: str, size: int) -> tuple[torch.Tensor, int, torch.Tensor]:
     """Scores of one reward (0 where it abstained), the group's size, and where there is a score: for `equal_groups`."""
     scores = rollout.rewards.per_function[verdict]
-    said = torch.tensor([score is not None for score in scores])
+    said = torch.tensor([score is not None for score in scores], dtype=torch.bool)  # none at all is no float either
     return torch.tensor([score or 0.0 for score in scores], dtype=torch.float64), size, said
+
+
+def nothing(names: Sequence[str], version: int) -> Rollout:
+    """The rollout of a process without a prompt: rounds may be smaller than the number of processes."""
+    rewards = RewardResult(scores=[], per_function={name: [] for name in names}, totals={})
+    return Rollout(prompts=[], row_index=[], completions=[], rewards=rewards, version=version)
 
 
 def select(rollout: Rollout, rows: Sequence[int]) -> Rollout:
@@ -105,16 +111,17 @@ def sample_informative(
 ) -> tuple[Rollout, list[Rollout], int]:
     """This process's share of `count` groups, informative ones first; all it sampled; and the prompts used by all.
 
-    sample(first, number): this process's share of `number` prompts, those after the first `first` of the step. The first
-    round asks for `count`; later ones for as many as the share of informative groups so far makes necessary. After the
-    last round groups of equal verdicts fill what is missing, so that every step has the same size.
+    sample(first, number): this process's share of `number` prompts, those after the first `first` of the step; it may be
+    empty. The first round asks for `count`; later ones for as many as the share of informative groups so far makes
+    necessary, whatever the number of processes. After the last round groups of equal verdicts fill what is missing, so
+    that every step has the same size.
     """
     groups: list[Group] = []
     sampled: list[Rollout] = []
     used = found = 0
     for _ in range(rounds):
         expected = math.ceil((count - found) * used / found) if found else count
-        number = max(distributed.world_size, min(count, expected))
+        number = min(count, expected)
         sampled.append(sample(used, number))
         groups += split_groups(sampled[-1], size, verdict)
         used += number

@@ -1,14 +1,16 @@
 """GRPO on language models: the loop of trainer.py with groups of completions and without a value model."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rlhf.algorithms.grpo import GRPO
 from rlhf.config import GRPOTrainerConfig
 from rlhf.errors import InputError
-from rlhf.group_sampling import length_metrics, sample_informative
+from rlhf.group_sampling import length_metrics, nothing, sample_informative
 from rlhf.rollout import Rollout
 from rlhf.trainer import Trainer, as_list
+from rlhf.verifiers import soft_overlong_punishment
 
 FIELD_NAMES = {
     "score": "reward",
@@ -42,8 +44,6 @@ class GRPOTrainer(Trainer):
     def __init__(self, policy: Any, rewards: Any, dataset: Any, config: GRPOTrainerConfig, **options: Any) -> None:
         grpo, rewards = config.grpo.with_length(config.generation.max_new_tokens), as_list(rewards)
         if grpo.overlong_buffer_tokens:
-            from rlhf.verifiers import soft_overlong_punishment
-
             weights = [1.0] * len(rewards) if config.reward_weights is None else config.reward_weights
             config = replace(config, reward_weights=[*weights, 1.0])
             rewards = [
@@ -74,7 +74,7 @@ class GRPOTrainer(Trainer):
             rollout, metrics, after = super()._collect(cursor)
             return rollout, metrics | length_metrics([rollout], verdict, self.distributed), after
         rollout, sampled, used = sample_informative(
-            lambda first, number: self._sample(cursor + first, number, first_slot=first),
+            partial(self._round, cursor),
             count=config.prompts_per_step,
             rounds=config.grpo.dynamic_sampling_rounds,
             size=config.grpo.completions_per_prompt,
@@ -84,6 +84,12 @@ class GRPOTrainer(Trainer):
         metrics = self.collector.metrics(*sampled) | length_metrics(sampled, verdict, self.distributed)
         extra = {"dynamic_sampling/rounds": float(len(sampled)), "dynamic_sampling/prompts": float(used)}
         return rollout, metrics | extra, cursor + used
+
+    def _round(self, cursor: int, first: int, number: int) -> Rollout:
+        """This process's share of one round of dynamic sampling."""
+        if not self.distributed.share(number):
+            return nothing(self.rewards.names, self.step)
+        return self._sample(cursor + first, number, first_slot=first)
 
     @property
     def _verdict(self) -> str:

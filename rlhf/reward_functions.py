@@ -18,6 +18,7 @@ import torch
 
 from rlhf.errors import InputError
 from rlhf.tokenization import Text, excerpt
+from rlhf.worker_process import Described
 
 SCORE_LIMIT = 1e9
 """Larger scores are refused: in float32 they leave no digits for the differences that training lives on."""
@@ -133,6 +134,8 @@ def check_scores(answer: Any, num_rows: int, name: str, prompts: Sequence[Text])
         answer = answer.tolist()
     if isinstance(answer, np.ndarray):
         raise InputError(f"Reward function {name!r} returned an array of shape {answer.shape}. {wanted}")
+    if isinstance(answer, Described):
+        raise InputError(f"Reward function {name!r} returned {answer.kind} {answer}. {wanted}")
     if not isinstance(answer, list | tuple):
         raise InputError(f"Reward function {name!r} returned {type(answer).__name__} {excerpt(answer)}. {wanted}")
     if len(answer) != num_rows:

@@ -8,21 +8,20 @@ A reward function is called with keywords and returns one number, or None for "n
 Keywords: `prompts`, `completions`, `completion_ids`, every other column of the data set (one value per completion),
 `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`. A function without `**kwargs` is given those
 it names. `completions` are strings, or `[{"role": "assistant", "content": text}]` where prompts are conversations.
+
+A function passed in Python runs in this process; one named on a command line, or wrapped by `isolated`, in its own.
 """
 
-import asyncio
-import inspect
 import math
-import threading
-import time
-import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 from rlhf.errors import InputError
-from rlhf.reward_functions import SCORE_LIMIT, as_float, check_scores, load_reward_function, name_of, signature_of
+from rlhf.reward_calls import EventLoop, Failure, RewardCall, isolated
+from rlhf.reward_functions import SCORE_LIMIT, as_float, check_scores, load_reward_function, name_of
 from rlhf.reward_model import RewardModel
 from rlhf.tokenization import Text, excerpt
 
@@ -33,12 +32,13 @@ __all__ = [
     "Rewards",
     "check_scores",
     "completion_texts",
+    "deviations",
+    "isolated",
     "load_reward_function",
 ]
 
+_STD = re.compile("rewards/[^/]+/std")
 STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-SEARCH_S = 5.0
-"""How long a failed function may be called again, row by row, to find the row it fails on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +49,23 @@ class RewardResult:
     """Weighted sum over the functions that did not abstain; NaN where all did (only with `allow_unscored`)."""
     per_function: dict[str, list[float | None]]
     totals: dict[str, tuple[float, float]]
-    """name -> (sum, count): add both over processes, then divide; the mean then does not depend on the processes."""
+    """name -> (sum, count): add both over processes, then divide; the mean then does not depend on the processes.
+
+    "rewards/<function>/std" holds the sum of squares: see `deviations`."""
     extra: dict[str, list[Any]] = field(default_factory=dict)
     """Columns from `log_extra`, for tables of completions."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """This batch's mean of each of `totals`; names without a value are left out."""
-        return {name: total / count for name, (total, count) in self.totals.items() if count}
+        """This batch's mean of each of `totals`, or deviation; names without a value are left out."""
+        return deviations({name: total / count for name, (total, count) in self.totals.items() if count})
 
 
 class Rewards:
-    """One or several reward functions as one. `Rewards([length, RewardModel.load(path)], weights=[0.1, 1.0])`."""
+    """One or several reward functions as one. `Rewards([length, RewardModel.load(path)], weights=[0.1, 1.0])`.
+
+    timeout_s: how long one call of one function on one batch may take, see reward_calls.py; None waits for ever.
+    """
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class Rewards:
         *,
         weights: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         self.functions = [functions] if callable(functions) else list(functions)
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
@@ -83,8 +89,11 @@ class Rewards:
             )
         if len(set(self.names)) != len(self.functions):
             raise InputError(f"reward names={self.names}: give {len(self.functions)} different names.")
-        self._signatures = [signature_of(function) for function in self.functions]
-        self._loop = _EventLoop()
+        if timeout_s is not None and not 0 < timeout_s < math.inf:
+            raise InputError(f"reward_timeout_s={timeout_s}: give a number of seconds above 0, or null for no limit.")
+        self.timeout_s = timeout_s
+        loop = EventLoop()
+        self._calls = [RewardCall(f, name, loop) for f, name in zip(self.functions, self.names, strict=True)]
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """InputError, before anything is generated, if a function needs a column that the data set does not have."""
@@ -94,15 +103,15 @@ class Rewards:
                 raise InputError(
                     f"The data set has a column {reserved!r}, a name reward functions get from us. Rename it."
                 )
-        for name, signature in zip(self.names, self._signatures, strict=True):
-            missing = [p for p in signature.required if p not in (*columns, *STANDARD, "prompt_ids")]
+        for call in self._calls:
+            missing = [p for p in call.signature.required if p not in (*columns, *STANDARD, "prompt_ids")]
             if missing:
                 close = get_close_matches(missing[0], [*columns, *STANDARD], n=1)
                 hint = f"Did you mean {close[0]!r}? " if close else ""
                 raise InputError(
-                    f"Reward function {name!r} needs {', '.join(map(repr, missing))}, but the data set has the columns "
-                    f"{', '.join(columns) or 'none'} besides the prompt. {hint}Rename the parameter or the column, or "
-                    "give the parameter a default."
+                    f"Reward function {call.name!r} needs {', '.join(map(repr, missing))}, but the data set has the "
+                    f"columns {', '.join(columns) or 'none'} besides the prompt. {hint}Rename the parameter or the column, "
+                    "or give the parameter a default."
                 )
 
     def __call__(
@@ -118,11 +127,13 @@ class Rewards:
     ) -> RewardResult:
         """Scores one batch; all sequences, also those in `columns`, have one entry per completion.
 
-        Async functions run at the same time as each other and as the sync ones. InputError names function, row (of
+        Async and isolated functions run while others compute. InputError names function, row (of
         this batch, from 0) and value when a function fails or returns nonsense. A row on which every function abstains
         is an error, or NaN with `allow_unscored`, which is then an error only if it happens to the whole batch.
         """
         log = _Log(len(completions))
+        if isinstance(trainer_state, Mapping):
+            trainer_state = TrainerState(trainer_state)
         self.check_columns(columns or {})
         inputs = {name: list(values) for name, values in (columns or {}).items()}
         inputs |= {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
@@ -153,62 +164,30 @@ class Rewards:
         return sum(said) if said else math.nan
 
     def _call_all(self, inputs: dict[str, list[Any]], tools: dict[str, Any]) -> list[Any]:
-        """Every function's raw answer, in order. Async ones start first, so that they wait while others compute."""
-        answers: list[Any] = [None] * len(self.functions)
-        waiting: dict[int, Any] = {}
-        order = sorted(range(len(self.functions)), key=lambda i: not self._signatures[i].is_async)
+        """Every function's raw answer, in order. Those that run elsewhere start first: they work while others compute."""
+        waiting: list[tuple[int, Callable[[], Any], Callable[[], Any]]] = []
+        answers: list[Any] = [None] * len(self._calls)
+        at = 0
         try:
-            for i in order:
-                try:
-                    answers[i] = self._call(i, inputs, tools)
-                    if inspect.isawaitable(answers[i]):
-                        waiting[i] = self._loop.start(answers[i])
-                except Exception as error:
-                    raise self._failure(i, error, inputs, tools) from error
-            for i, future in waiting.items():
-                try:
-                    answers[i] = future.result()
-                except Exception as error:
-                    raise self._failure(i, error, inputs, tools) from error
+            for at in sorted(range(len(self._calls)), key=lambda i: self._calls[i].order):
+                waiting.append((at, *self._calls[at].start({**inputs, **tools}, self.timeout_s)))
+            for at, wait, _ in waiting:
+                answers[at] = wait()
+        except Failure as error:
+            raise self._calls[at].failure(error, inputs, tools, self.timeout_s) from error
         finally:
-            for future in waiting.values():
-                future.cancel()
+            for _, _, give_up in waiting:
+                give_up()
         return answers
 
-    def _call(self, i: int, inputs: dict[str, list[Any]], tools: dict[str, Any]) -> Any:
-        return self.functions[i](**self._signatures[i].select({**inputs, **tools}))
 
-    def _failure(self, i: int, error: Exception, inputs: dict[str, list[Any]], tools: dict[str, Any]) -> InputError:
-        """Names function, row and line of the user's code. A RewardModel's own InputError is passed on as it is."""
-        if isinstance(error, InputError):
-            return error
-        row = self._failing_row(i, type(error), inputs, tools)
-        where = "only on the whole batch, which begins with" if row is None else f"on row {row},"
-        return InputError(
-            f"Reward function {self.names[i]!r} raised {type(error).__name__}: {error} "
-            f"(at {_place(error, self.functions[i])}). It fails {where} "
-            f"prompt {excerpt(inputs['prompts'][row or 0])}, completion {excerpt(inputs['completions'][row or 0])}. "
-            "Repair it, or return None for rows it cannot judge."
-        )
+class TrainerState(dict[str, Any]):
+    """`trainer_state["global_step"]`, and the same as an attribute, as functions written for other libraries read it."""
 
-    def _failing_row(
-        self, i: int, kind: type[Exception], inputs: dict[str, list[Any]], tools: dict[str, Any]
-    ) -> int | None:
-        """The first row on which the function, given that row alone, raises the same; None if none is found in time."""
-        ignore = {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}
-        give_up = time.monotonic() + SEARCH_S
-        for row in range(len(inputs["prompts"])):
-            if time.monotonic() > give_up:
-                return None
-            try:
-                answer = self._call(i, {name: [values[row]] for name, values in inputs.items()}, tools | ignore)
-                if inspect.isawaitable(answer):
-                    self._loop.start(answer).result(timeout=SEARCH_S)
-            except kind:
-                return row
-            except Exception:
-                continue
-        return None
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"trainer_state has no {name!r}; it has {', '.join(self)}")
+        return self[name]
 
 
 def completion_texts(prompts: Sequence[Text], completion_ids: Sequence[Sequence[int]], tokenizer: Any) -> list[Text]:
@@ -230,8 +209,21 @@ def _totals(per_function: Mapping[str, Sequence[float | None]]) -> dict[str, tup
     for name, scores in per_function.items():
         said = [score for score in scores if score is not None]
         totals[f"rewards/{name}/mean"] = (math.fsum(said), float(len(said)))
+        totals[f"rewards/{name}/std"] = (math.fsum(score * score for score in said), float(len(said)))
         totals[f"rewards/{name}/abstained"] = (float(len(scores) - len(said)), float(len(scores)))
     return totals
+
+
+def deviations(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`metrics` with each mean square "rewards/<function>/std" replaced by the standard deviation (of the population)."""
+    means = {name: metrics[f"{name[:-3]}mean"] for name in metrics if _STD.fullmatch(name)}
+    return {**metrics, **{name: deviation(metrics[name], mean) for name, mean in means.items()}}
+
+
+def deviation(mean_square: float, mean: float) -> float:
+    """Standard deviation; 0 where the difference is rounding, so that equal scores have none."""
+    variance = mean_square - mean * mean
+    return variance**0.5 if variance > 1e-14 * mean_square else 0.0
 
 
 class _Log:
@@ -257,35 +249,9 @@ class _Log:
         self.metrics[name] = (total + number, count + 1)
 
 
-def _place(error: Exception, function: Callable[..., Any]) -> str:
-    """file:line of the function's own code rather than of a library that it called."""
-    frames = traceback.extract_tb(error.__traceback__)
-    code = getattr(function, "__code__", None)
-    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
-    return f"{(own or frames)[-1].filename}:{(own or frames)[-1].lineno}"
-
-
 def _unique(names: Iterable[str]) -> list[str]:
     taken: list[str] = []
     for name in names:
         number = next(n for n in range(1, len(taken) + 2) if (name if n == 1 else f"{name}_{n}") not in taken)
         taken.append(name if number == 1 else f"{name}_{number}")
     return taken
-
-
-class _EventLoop:
-    """An asyncio loop in a thread of its own, started on first use and kept: clients that an async reward opens stay
-    usable from step to step, and a loop that already runs here (a notebook) does not matter."""
-
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def start(self, awaitable: Awaitable[Any]) -> Any:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
-
-        async def wait() -> Any:
-            return await awaitable
-
-        return asyncio.run_coroutine_threadsafe(wait(), self._loop)

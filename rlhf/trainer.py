@@ -97,7 +97,11 @@ class Trainer:
         self.data = self._prompts(dataset, "dataset")
         self.eval_data = None if eval_dataset is None else self._prompts(eval_dataset, "eval_dataset")
         self._check_batch_sizes()
-        self.rewards = Rewards([self._reward(r) for r in as_list(rewards)], weights=config.reward_weights)
+        self.rewards = Rewards(
+            [self._reward(r) for r in as_list(rewards)],
+            weights=config.reward_weights,
+            timeout_s=config.reward_timeout_s,
+        )
         self._check_rewards()
 
         lm = load_causal_lm(policy) if isinstance(policy, str) else policy

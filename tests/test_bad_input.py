@@ -13,6 +13,7 @@ from rlhf.cli import run_command
 from tests import tiny
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))  # a recipe imports its neighbours, as `python recipes/x.py` lets it
 REWARDS = """
 def good(completions, **_): return [float(len(text)) for text in completions]
 def raises(completions, **_): return [1 / 0 for text in completions]

@@ -70,7 +70,7 @@ class GRPOConfig:
     sum over it and those after it taken off the advantage (REINFORCE++)."""
     kl_estimator: LossKL = "k3"
     """For "loss": k2 or k3 of each token, or "weighted_k3" (times the ratio), or "sequence_k2", "sequence_k3" of the whole
-    completion. The other placements use k1, the one that is right there. docs/grpo.md says what each converges to."""
+    completion. The other placements use k1, the one that is right there. the README says what each converges to."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, per nat."""
     mask_truncated: bool = False

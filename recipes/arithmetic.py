@@ -1,0 +1,132 @@
+"""The embedded task of GRPO: two-digit addition, with tokenizer, model and data made by code, without a network.
+
+    47+85=  ->  132
+
+The demonstrations are by a pupil who forgets half of the carries, so a model that imitates them is right about half of the
+time. Whether an answer is right can be computed: no reward model is needed to do better than the pupil. `write_data(folder,
+seed)` writes the four JSON-lines files that a user's own data would be; everything is a pure function of the seed.
+"""
+
+import json
+from math import comb
+from pathlib import Path
+from random import Random
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from rlhf.errors import InputError
+
+OPERANDS = range(10, 100)
+"""Both numbers of a problem: 8,100 problems."""
+NUM_TEST = 256
+FORGOTTEN_CARRIES = 0.5
+"""Chance that the pupil forgets a carry; at 0.5, 55 % of the sums are right."""
+NUM_SFT = 57_600
+"""Demonstrations, drawn with repetition from the training problems."""
+
+SFT_SETTINGS = {"learning_rate": 2e-3, "num_epochs": 1, "batch_size": 64, "microbatch_size": 64, "max_tokens": 16}
+"""Found by experiment: 900 steps, after which the model adds nearly as well as the pupil."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character; <pad>, <bos>, <eos> and <unk> are four different tokens. Text and tokens correspond one to
+    one for texts of digits, "+" and "="."""
+    specials = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    ids = {token: index for index, token in enumerate([*specials, *"0123456789+="])}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=32,
+    )
+
+
+def model_config() -> LlamaConfig:
+    """A causal Llama of about 0.6 million parameters, which learns to add in a minute on one CPU core."""
+    tokens = tokenizer()
+    return LlamaConfig(
+        vocab_size=len(tokens),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        initializer_range=128**-0.5,  # 1 / sqrt(hidden_size): the usual 0.02 is for wide models and learns slowly here
+        pad_token_id=tokens.pad_token_id,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+    )
+
+
+def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
+    """Write the four JSON-lines files and return their paths: sft (prompt, completion) and prompts (prompt, answer), each
+    for training and test.
+
+    No problem of the test files occurs in the training files, also not with its numbers exchanged. The same seed gives
+    the same bytes. Writes beside `folder` and renames, so that it is whole or absent; it must not hold anything yet.
+    """
+    random, folder = Random(seed), Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"folder {folder} is not empty. Name another one, or delete it.")
+    train, test = _split(random)
+    files = {
+        "sft": [_demonstration(*random.choice(train), random) for _ in range(NUM_SFT)],
+        "sft_test": [_demonstration(*problem, random) for problem in test],
+        "prompts_train": [_question(*problem) for problem in train],
+        "prompts_test": [_question(*problem) for problem in test],
+    }
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    partial.rename(folder)
+    return {name: folder / f"{name}.jsonl" for name in files}
+
+
+def _split(random: Random) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(training, test) problems; a + b and b + a are on the same side, or one would give the other away."""
+    pairs = [(a, b) for a in OPERANDS for b in OPERANDS if a <= b]
+    random.shuffle(pairs)
+    test = [pair if random.random() < 0.5 else pair[::-1] for pair in pairs[:NUM_TEST]]
+    train = [problem for a, b in pairs[NUM_TEST:] for problem in dict.fromkeys([(a, b), (b, a)])]
+    return train, test
+
+
+def _question(a: int, b: int) -> dict[str, str]:
+    return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+
+
+def _demonstration(a: int, b: int, random: Random) -> dict[str, str]:
+    """What the pupil writes."""
+    return {"prompt": f"{a}+{b}=", "completion": str(add_like_a_pupil(a, b, random))}
+
+
+def add_like_a_pupil(a: int, b: int, random: Random) -> int:
+    """a + b, digit by digit from the right, where each carry is forgotten with probability FORGOTTEN_CARRIES."""
+    total, place, carry = 0, 1, 0
+    while a or b or carry:
+        column = a % 10 + b % 10 + carry
+        carry = int(column > 9 and random.random() >= FORGOTTEN_CARRIES)
+        total += place * (column % 10)
+        a, b, place = a // 10, b // 10, place * 10
+    return total
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Chance that at least one of k completions is right, estimated without bias from `num_right` of `num_samples`.
+
+    1 - C(n - c, k) / C(n, k): the share of the subsets of size k that hold a right one (Chen et al. 2021, arXiv
+    2107.03374, eq. 1). 1 <= k <= num_samples, 0 <= num_right <= num_samples.
+    """
+    if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
+        raise ValueError(f"pass_at_k needs 1 <= k <= n and 0 <= c <= n, got n={num_samples}, c={num_right}, k={k}.")
+    return 1.0 - comb(num_samples - num_right, k) / comb(num_samples, k)

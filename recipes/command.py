@@ -1,0 +1,79 @@
+"""What the commands that train a policy share: the user's model, data and rewards as settings, and their checks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rlhf.config import TrainerConfig
+from rlhf.errors import InputError
+from rlhf.reward_functions import load_reward_function
+from rlhf.rewards import isolated
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserRun:
+    """Settings that a command adds to its trainer's: what to train on what. Inherit from this first, then from those."""
+
+    trainer_config: ClassVar[type[TrainerConfig]]
+
+    policy: str | None = None
+    """Causal LM to train, a directory or hub name; null runs the embedded pipeline."""
+    tokenizer: str | None = None
+    """Its tokenizer; null takes the policy's."""
+    dataset: str | None = None
+    """Prompts: a JSON-lines, parquet or CSV file, a directory, or a hub name; a column "prompt" or "messages"."""
+    eval_dataset: str | None = None
+    """Held-out prompts."""
+    reward_model: str | None = None
+    """Sequence classifier with one label, a directory or hub name."""
+    reward: list[str] = field(default_factory=list)
+    """Reward functions, as file.py:name or module:name."""
+    resume: bool | str = False
+    """Continue from the newest checkpoint in output_dir (true), or from the checkpoint at a path."""
+    overwrite: bool = False
+    """Replace what output_dir already holds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # the trainer's settings, next in the order of inheritance
+        if self.policy is not None:
+            if self.dataset is None:
+                raise InputError("dataset: name the prompts to train on (a file, a directory or a hub name).")
+            if self.reward_model is None and not self.reward:
+                raise InputError(
+                    "reward_model and reward are both missing: name at least one, such as --reward file.py:name."
+                )
+            return
+        for name in ("tokenizer", "dataset", "eval_dataset", "reward_model", "reward", "reward_weights"):
+            if getattr(self, name):
+                raise InputError(
+                    f"{name} is set but policy is not: name the model to train, or leave both out for the embedded data."
+                )
+
+    def training(self, **changes: Any) -> Any:
+        """The trainer's own settings, without what the command adds."""
+        kind = self.trainer_config
+        return kind(**{f.name: getattr(self, f.name) for f in fields(kind)} | changes)
+
+    def rewards(self) -> list[str | Callable[..., Any]]:
+        """What the trainer takes: the reward model's path, if there is one, and the loaded functions."""
+        models = [self.reward_model] if self.reward_model else []
+        return [*models, *map(_reward_function, self.reward)]
+
+
+def _reward_function(name: str) -> Callable[..., Any]:
+    """A user's function runs in a process of its own, where it can neither hang nor end the run; ours look after
+    themselves."""
+    function = load_reward_function(name, "reward")
+    return isolated(function)
+
+
+def embedded_by_default(arguments: list[str], config_file: str) -> list[str]:
+    """Without a policy or settings of the user's, those of the embedded task: arguments to put before the user's."""
+    named = any(a.split("=")[0] in ("--policy", "--config", "--help", "-h", "--print_config") for a in arguments)
+    return [] if named else [f"--config={Path(__file__).parent / 'configs' / config_file}"]
+
+
+def say_where(output_dir: str) -> None:
+    """After a run."""
+    print(f"the trained policy is in {output_dir}/policy; try it: python -m rlhf.sample {output_dir}/policy")

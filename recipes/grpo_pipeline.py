@@ -1,0 +1,165 @@
+"""GRPO from nothing on embedded data: demonstrations -> SFT that is right about half of the time -> GRPO -> evaluation.
+
+Each stage leaves a directory below output_dir; one that is finished is reused. The task is in arithmetic.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import arithmetic
+import datasets
+import torch
+import transformers
+from sft import SFTConfig, fine_tune
+from stages import Stages
+from transformers import LlamaForCausalLM
+
+from rlhf.core.random import EVALUATION
+from rlhf.data import PromptDataset
+from rlhf.distributed import Distributed
+from rlhf.generation import Draws, end_tokens, generate
+from rlhf.grpo_trainer import GRPOTrainer
+from rlhf.metrics import plot_curves
+from rlhf.models import load_causal_lm, load_tokenizer
+from rlhf.rows import load_rows
+from rlhf.verifiers import exact_match
+
+if TYPE_CHECKING:
+    from grpo import GRPORecipe
+
+CURVES = ["reward", "eval/reward", "frac_reward_zero_std", "entropy", "grad_norm", "completions/mean_length"]
+NUM_SAMPLES = 16
+"""Completions of each held-out problem that the sampled accuracy and pass@k are estimated from."""
+SHOWN_PROBLEMS, SHOWN_SAMPLES = 4, 6
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model says to the held-out problems."""
+
+    greedy: list[str]
+    sampled: list[list[str]]
+    """NUM_SAMPLES for each problem."""
+    lengths: list[int]
+    """Tokens of each sampled completion, EOS included."""
+
+
+def run(config: "GRPORecipe") -> dict[str, dict[str, float]]:
+    """All stages; the numbers of the table that is printed in the end."""
+    torch.set_num_threads(1)  # the model is too small to share out: with two threads every stage is slower
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving: every file is small here
+    datasets.disable_progress_bars()
+    distributed, root = Distributed(precision=config.precision), Path(config.output_dir)
+    stages = Stages(root, config.training(output_dir=""), distributed, overwrite=config.overwrite)
+    stages.run("data", "data", lambda folder: arithmetic.write_data(folder, config.seed), on_main=True)
+    stages.run("supervised fine-tuning", "sft", lambda folder: _train_sft(root, folder, config.seed))
+    stages.run("GRPO", "grpo/policy", lambda _: _train_grpo(root, config))
+    return _evaluate(root, config, distributed)
+
+
+def _train_sft(root: Path, folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)  # the only global randomness: the initial weights
+    config = SFTConfig(
+        model="(made from a config)",
+        dataset=str(root / "data" / "sft.jsonl"),
+        output_dir=str(folder),
+        seed=seed,
+        **arithmetic.SFT_SETTINGS,
+    )
+    model = LlamaForCausalLM(arithmetic.model_config())
+    test_rows = load_rows(root / "data" / "sft_test.jsonl")
+    fine_tune(model, arithmetic.tokenizer(), load_rows(config.dataset), config, test_rows)
+
+
+def _train_grpo(root: Path, config: "GRPORecipe") -> None:
+    """Continues by itself where an earlier call was stopped."""
+    trainer = GRPOTrainer(
+        str(root / "sft"),
+        exact_match,
+        str(root / "data" / "prompts_train.jsonl"),
+        config.training(output_dir=str(root / "grpo")),
+        eval_dataset=str(root / "data" / "prompts_test.jsonl"),
+    )
+    trainer.train(resume=config.resume or (root / "grpo" / "checkpoints").is_dir())
+
+
+def _evaluate(root: Path, config: "GRPORecipe", distributed: Distributed) -> dict[str, dict[str, float]]:
+    """Both models on the held-out problems, with the same random draws; prints table and samples, draws the curves."""
+    rows = list(load_rows(root / "data" / "prompts_test.jsonl"))
+    right = [row["answer"] for row in rows]
+    answers = {
+        name: _answers(root, folder, config, distributed)
+        for name, folder in {"SFT": root / "sft", "GRPO": root / "grpo" / "policy"}.items()
+    }
+    results = {name: measure(said, right) for name, said in answers.items()}
+    if distributed.is_main:
+        (root / "results.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+        plot_curves(root / "grpo", root / "curves.png", CURVES)
+        print(_table(results, len(rows)))
+        for i, row in enumerate(rows[:SHOWN_PROBLEMS]):
+            print(f"\n{row['prompt']}{row['answer']}")
+            for name, said in answers.items():
+                print(f"  {name:<6}{'  '.join(f'{text:<4}' for text in said.sampled[i][:SHOWN_SAMPLES])}")
+        print(f"\ncurves: {root / 'curves.png'}   numbers: {root / 'results.json'}, {root / 'grpo' / 'metrics.jsonl'}")
+        print(f"try it: echo 47+85= | python -m rlhf.sample {root / 'grpo' / 'policy'}")
+    return results
+
+
+def _answers(root: Path, folder: Path, config: "GRPORecipe", distributed: Distributed) -> Answers:
+    tokenizer, lm = load_tokenizer(str(folder)), load_causal_lm(str(folder)).to(distributed.device).eval()
+    rows = load_rows(root / "data" / "prompts_test.jsonl")
+    data = PromptDataset.build(rows, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+
+    def say(number: int, greedy: bool) -> tuple[list[str], list[int]]:
+        completions = generate(
+            lm,
+            [data[i].ids for i in range(len(data))],
+            config.generation,
+            draws=Draws(seed=config.seed, stream=EVALUATION, step=1, slots=range(len(data))),
+            eos_ids=end_tokens(lm, tokenizer.eos_token_id),
+            num_completions=number,
+            greedy=greedy,
+        )
+        texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
+        return texts, [len(completion.ids) for completion in completions]
+
+    texts, lengths = say(NUM_SAMPLES, greedy=False)
+    sampled = [texts[start : start + NUM_SAMPLES] for start in range(0, len(texts), NUM_SAMPLES)]
+    return Answers(greedy=say(1, greedy=True)[0], sampled=sampled, lengths=lengths)
+
+
+def num_right(texts: list[str], right: list[str]) -> int:
+    return exact_match(texts, right).count(1.0)
+
+
+def measure(said: Answers, right: list[str]) -> dict[str, float]:
+    """Accuracy of the likeliest and of sampled answers, pass@k, mean completion length in tokens."""
+    counts = [(len(texts), num_right(texts, [a] * len(texts))) for texts, a in zip(said.sampled, right, strict=True)]
+    return {
+        "accuracy_greedy": num_right(said.greedy, right) / len(right),
+        **{
+            f"pass@{k}": sum(arithmetic.pass_at_k(n, c, k) for n, c in counts) / len(counts)
+            for k in (1, 4, NUM_SAMPLES)
+        },
+        "completion_length": sum(said.lengths) / len(said.lengths),
+    }
+
+
+def _table(results: dict[str, dict[str, float]], num_problems: int) -> str:
+    names = {
+        "accuracy_greedy": "accuracy, greedy",
+        "pass@1": "accuracy, sampled (pass@1)",
+        "pass@4": "pass@4",
+        f"pass@{NUM_SAMPLES}": f"pass@{NUM_SAMPLES}",
+        "completion_length": "completion length, tokens",
+    }
+    lines = [f"\n{f'{num_problems} held-out problems':<34}{'SFT':>10}{'GRPO':>10}"]
+    for key, name in names.items():
+        before, after = (
+            f"{results[model][key]:.2f}" if key == "completion_length" else f"{results[model][key]:.1%}"
+            for model in ("SFT", "GRPO")
+        )
+        lines.append(f"{name:<34}{before:>10}{after:>10}")
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""The stages of an embedded pipeline: each leaves a directory below the pipeline's; one that is finished is reused."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import TrainerConfig
+from rlhf.distributed import Distributed
+from rlhf.errors import InputError
+from rlhf.reporting import say
+
+
+class Stages:
+    """Runs what is not there yet, and says which is which.
+
+    root: the pipeline's directory, made by it alone. settings: a run with others is refused, unless `overwrite`.
+    """
+
+    def __init__(self, root: Path, settings: TrainerConfig, distributed: Distributed, *, overwrite: bool) -> None:
+        self.root, self.distributed = root, distributed
+        mark = root / "pipeline.json"
+        if distributed.is_main:
+            if overwrite and mark.is_file():
+                shutil.rmtree(root)
+            if root.exists() and any(root.iterdir()) and not mark.is_file():
+                raise InputError(f"output_dir={str(root)!r} holds something else. Choose another directory.")
+            root.mkdir(parents=True, exist_ok=True)
+            plain = json.loads(json.dumps(asdict(settings)))
+            saved = json.loads(mark.read_text()) if mark.is_file() else plain
+            changed = [
+                f"{name}: {saved.get(name)} -> {value}" for name, value in plain.items() if saved.get(name) != value
+            ]
+            if changed:
+                raise InputError(
+                    f"output_dir={str(root)!r} was made with other settings ({'; '.join(changed)}). Choose another "
+                    "directory, or start it anew with --overwrite."
+                )
+            mark.write_text(json.dumps(plain) + "\n")
+        distributed.barrier()
+
+    def run(self, name: str, folder: str, make: Callable[[Path], Any], on_main: bool = False) -> None:
+        """`make(folder)` leaves the folder whole or not at all. on_main: the other processes wait."""
+        path = self.root / folder
+        finished = path.exists()
+        self.distributed.barrier()  # all have looked before one makes it
+        if finished:
+            self._say(f"{name}: reusing {path} (--overwrite starts anew)")
+            return
+        self._say(f"{name} -> {path}")
+        if not on_main or self.distributed.is_main:
+            start = time.perf_counter()
+            make(path)
+            self._say(f"{name}: {time.perf_counter() - start:.0f} s")
+        self.distributed.barrier()
+
+    def _say(self, text: str) -> None:
+        if self.distributed.is_main:
+            say(text)

@@ -1,0 +1,263 @@
+"""Reward functions that check answers and shape lengths, in the signature users write (rewards.py).
+
+Usable as they are, also on a command line (`--reward rlhf.verifiers:math_equality`):
+
+    exact_match, math_equality     1 if the final answer is the one in the column "answer", else 0
+    think_format                   1 for one <think>...</think> followed by an answer, else 0
+
+Made by a call, so that a command line needs a file with one line such as `shorter = soft_overlong_punishment(512, 128)`:
+
+    matches_format, repetition_penalty, soft_overlong_punishment, cosine_length
+
+The final answer of a text is what follows its last "####" (the data set GSM8K), else the content of its last
+\\boxed{...}, else the whole text; a <think>...</think> before it is left out. Completions are strings or message lists.
+"""
+
+import functools
+import importlib
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf.errors import InputError
+from rlhf.reward_functions import signature_of
+from rlhf.tokenization import excerpt
+from rlhf.workers import Worker, WorkerDied, WorkerError, WorkerTimeout
+
+CHECK_S = 5.0
+"""How long the check of one completion may take; it then scores 0."""
+LOST_S = 60.0
+"""Once so much of a call was lost to checks that did not end, the others of the call get a tenth of `CHECK_S`."""
+ANSWER_CHARACTERS, TEXT_CHARACTERS = 500, 4000
+"""A longer final answer scores 0; of a text without one, only the end is read."""
+Scores = list[float | None]
+Reward = Callable[..., Scores]
+
+
+# --- answers ---
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion: of a list of messages, the last one's."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1]["content"] if completion else ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def final_answer(text: str) -> str | None:
+    """What is marked as the final answer by "####" or \\boxed{...} after all thinking; None if nothing is."""
+    text = text.rpartition("</think>")[2]
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0].strip()
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for end in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : end].strip()
+    return None  # it was cut
+
+
+def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> Scores:
+    """1 if the final answer (see above) is `answer`, or its final answer, to the character; else 0."""
+
+    def final(text: str) -> str:
+        marked = final_answer(text)
+        return (text.rpartition("</think>")[2] if marked is None else marked).strip()
+
+    return [float(final(text_of(c)) == final(str(a))) for c, a in zip(completions, answer, strict=True)]
+
+
+def math_equality(
+    completions: Sequence[Any],
+    answer: Sequence[Any] | None = None,
+    solution: Sequence[Any] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **_: Any,
+) -> Scores:
+    """1 if the final answer equals the one of column "answer" (or "solution") as mathematics, by math-verify; else 0.
+
+    None where the column holds no mathematics. Each check has `CHECK_S` in a process that can be killed; one that takes
+    longer or crashes scores 0 and counts in the metric custom/math_checks_failed.
+    """
+    gold = solution if answer is None else answer
+    if gold is None:
+        raise InputError('math_equality needs the column "answer" or "solution" in the data set.')
+    worker = _math_worker()
+    rows = [{"gold": str(g), "text": text_of(c)} for g, c in zip(gold, completions, strict=True)]
+    return _checked(worker, rows, "math_checks_failed", log_metric)
+
+
+def _checked(
+    worker: Worker, rows: list[dict[str, Any]], metric: str, log_metric: Callable[[str, float], None] | None
+) -> Scores:
+    """The worker's answer for each row; 0 where it gave none in time, and the share of these as `metric`."""
+    scores: Scores = []
+    failed, lost = 0, 0.0
+    for row in rows:
+        started = time.monotonic()
+        try:
+            scores.append(worker.call(row, CHECK_S if lost <= LOST_S else CHECK_S / 10))
+        except (WorkerTimeout, WorkerDied, WorkerError):
+            scores.append(0.0)
+            failed, lost = failed + 1, lost + time.monotonic() - started
+    if log_metric is not None:
+        log_metric(metric, failed / max(1, len(rows)))
+    return scores
+
+
+@functools.cache
+def _math_worker() -> Worker:
+    """One for this process. It starts with all imported and each parser used once: the deadline is for the check."""
+    try:
+        importlib.import_module("math_verify")
+    except ImportError as error:
+        raise InputError("math_equality needs math-verify: pip install rlhf-toolkit[math]") from error
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they warn that time limits are ours to set
+    for answer, text in (("$\\frac{1}{2}$", "it is 1/2"), ("x^2 + 2x", "\\boxed{x(x+2)}"), ("\\{1\\}", "$(0, 1]$")):
+        _equal(answer, text)
+    return Worker(_equal)
+
+
+def _equal(gold: str, text: str) -> float | None:
+    """Runs in the worker."""
+    import math_verify
+
+    marked = final_answer(gold)
+    expected = _parsed(gold if marked is None else marked, bare=True)
+    if not expected:
+        return None
+    given = final_answer(text)
+    if given is None:
+        found = _parsed(text.rpartition("</think>")[2][-TEXT_CHARACTERS:], bare=False)
+    else:
+        found = _parsed(given, bare=True) if len(given) <= ANSWER_CHARACTERS else []
+    return float(math_verify.verify(expected, found, timeout_seconds=None))
+
+
+def _parsed(text: str, *, bare: bool) -> list[Any]:
+    """Expressions found. `bare`: the text is one expression without $...$, unless it is a sentence."""
+    import math_verify
+
+    latex = math_verify.LatexExtractionConfig(boxed_match_priority=0)
+    sentence = "$" in text or re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,} ", text)
+    if bare and not sentence:
+        text = f"\\boxed{{{text}}}"
+    return math_verify.parse(
+        text, [latex, math_verify.ExprExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
+    )
+
+
+# --- formats ---
+
+
+def think_format(completions: Sequence[Any], **_: Any) -> Scores:
+    """1 for `<think>` at the start, one `</think>` later and an answer after it; else 0."""
+
+    def good(text: str) -> bool:
+        thought, _, rest = text.removeprefix("<think>").partition("</think>")
+        once = text.count("<think>") == text.count("</think>") == 1
+        return once and text.startswith("<think>") and bool(thought.strip()) and bool(rest.strip())
+
+    return [float(good(text_of(completion).strip())) for completion in completions]
+
+
+def matches_format(pattern: str) -> Reward:
+    """1 if the whole completion matches the regular expression (where a dot is any character), else 0.
+
+    A pattern that takes longer than `CHECK_S` on a completion scores 0 there; custom/format_checks_failed counts these.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise InputError(f"matches_format({pattern!r}): {error}. Give a regular expression.") from error
+    worker = Worker(lambda text: float(compiled.fullmatch(text) is not None))
+
+    def matches_format(
+        completions: Sequence[Any], log_metric: Callable[[str, float], None] | None = None, **_: Any
+    ) -> Scores:
+        return _checked(worker, [{"text": text_of(c)} for c in completions], "format_checks_failed", log_metric)
+
+    return matches_format
+
+
+# --- lengths ---
+
+
+def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward:
+    """`max_penalty` times the share of word n-grams that repeat an earlier one; 0 for texts of fewer words.
+
+    Words are what white space separates, in lower case.
+    """
+    if ngram_size < 1 or not (math.isfinite(max_penalty) and max_penalty <= 0):
+        raise InputError(
+            f"repetition_penalty(ngram_size={ngram_size}, max_penalty={max_penalty}): give a size of at least 1 and a "
+            "penalty of at most 0."
+        )
+
+    def penalty(text: str) -> float:
+        words = text.lower().split()
+        ngrams = list(zip(*(words[i:] for i in range(ngram_size)), strict=False))
+        return max_penalty * (1 - len(set(ngrams)) / len(ngrams)) if ngrams else 0.0
+
+    def repetition_penalty(completions: Sequence[Any], **_: Any) -> Scores:
+        return [penalty(text_of(completion)) for completion in completions]
+
+    return repetition_penalty
+
+
+def soft_overlong_punishment(max_tokens: int, buffer_tokens: int) -> Reward:
+    """DAPO (arXiv 2503.14476) eq. 13: 0 up to max_tokens - buffer_tokens, then linearly to -1 at max_tokens, -1 beyond."""
+    if not 0 < buffer_tokens <= max_tokens:
+        raise InputError(
+            f"soft_overlong_punishment(max_tokens={max_tokens}, buffer_tokens={buffer_tokens}): give a buffer of at "
+            "least 1 and at most max_tokens."
+        )
+
+    def soft_overlong_punishment(completion_ids: Sequence[Sequence[int]], **_: Any) -> Scores:
+        over = [len(ids) - (max_tokens - buffer_tokens) for ids in completion_ids]
+        return [-min(1.0, max(0.0, tokens / buffer_tokens)) for tokens in over]
+
+    return soft_overlong_punishment
+
+
+def cosine_length(
+    correct: Reward,
+    max_tokens: int,
+    *,
+    right: tuple[float, float] = (2.0, 1.0),
+    wrong: tuple[float, float] = (-10.0, 0.0),
+    too_long: float = -10.0,
+) -> Reward:
+    """The cosine reward of arXiv 2502.03373, section 4.2: brief right answers gain most, brief wrong ones lose most.
+
+    correct: a reward that scores above 0.5 what is right, such as `exact_match`; rows on which it abstains stay out.
+    right, wrong: the score at length 0 and at `max_tokens`, a half cosine between; `too_long`: at max_tokens and beyond.
+    """
+    if max_tokens < 1 or not all(map(math.isfinite, (*right, *wrong, too_long))):
+        raise InputError(f"cosine_length: give max_tokens={max_tokens} of at least 1, and finite scores.")
+    signature = signature_of(correct)
+
+    def score(judged: float | None, length: int) -> float | None:
+        if judged is None or length >= max_tokens:
+            return None if judged is None else too_long
+        first, last = right if judged > 0.5 else wrong
+        return last + (first - last) * (1 + math.cos(math.pi * length / max_tokens)) / 2
+
+    def cosine_length(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any) -> Scores:
+        keywords = {"completions": completions, "completion_ids": completion_ids, **columns}
+        judged = correct(**signature.select(keywords))
+        if len(judged) != len(completion_ids):
+            raise InputError(
+                f"cosine_length: {excerpt(correct)} gave {len(judged)} scores for {len(completion_ids)} rows."
+            )
+        return [score(verdict, len(ids)) for verdict, ids in zip(judged, completion_ids, strict=True)]
+
+    return cosine_length
