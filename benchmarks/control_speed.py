@@ -100,7 +100,8 @@ def run_sb3(seed: int, steps: int) -> dict[str, float]:
 def run_ours(seed: int, steps: int, *, compile: bool) -> dict[str, float]:
     from gym_baselines import evaluate, preset, train
 
-    config = preset("CartPole-v1", seed=seed, total_steps=steps, progress_bar=False, compile=compile)
+    # the preset's entropy bonus is not rl-zoo's
+    config = preset("CartPole-v1", seed=seed, total_steps=steps, progress_bar=False, compile=compile, entropy_coef=0.0)
     clock = Clock()
     agent = train(config, callbacks=[clock])
     mean, _ = evaluate(agent, episodes=100)
