@@ -10,6 +10,7 @@ trainer <--channel-> worker            frames of 8 bytes of length and a body: a
 trainer <--output--- worker            what the function prints
 """
 
+import ctypes
 import faulthandler
 import json
 import math
@@ -214,15 +215,24 @@ def _killed(worker: int, command: bytes | None) -> bool:
     return command == b"K"
 
 
+def _die_with(parent: int) -> None:
+    """Also if the supervisor is killed, nobody is left who could end a function that loops (Linux has a way)."""
+    with suppress(Exception):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _kill_group(worker: int) -> None:
     with suppress(ProcessLookupError, PermissionError):  # macOS: PermissionError if only zombies are left
         os.killpg(worker, signal.SIGKILL)
 
 
 def _fork_worker(function: Callable[..., Any], control: socket.socket, channel: int, output: int) -> int:
-    worker = os.fork()
+    supervisor, worker = os.getpid(), os.fork()
     if worker == 0:
         try:
+            _die_with(supervisor)
             os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

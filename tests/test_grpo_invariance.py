@@ -223,10 +223,13 @@ def padded(given: Trajectories, width: int, fill: float, token: int) -> Trajecto
 def test_padding_and_what_it_holds_change_nothing(config, dtype):
     given = trajectories(dtype)
     plain = gradient_of(config, given)
-    for width, fill, token in [(0, float("nan"), tiny.EOS), (1, float("inf"), 5), (20, -1e30, tiny.PAD)]:
+    for width, fill, token, rows in [
+        (0, float("nan"), tiny.EOS, ROWS),
+        (1, float("inf"), 5, 4),
+        (20, -1e30, tiny.PAD, 16),
+    ]:
         wide = padded(given, width, fill, token)
-        for microbatch_tokens in (4 * TOTAL, 10**6):
-            assert difference(gradient_of(config, wide, microbatch_tokens), plain) < NEAR[dtype], (width, fill)
+        assert difference(gradient_of(config, wide, rows * TOTAL), plain) < NEAR[dtype], (width, fill)
 
 
 def test_the_comparison_notices_padding_that_counts():
@@ -255,12 +258,10 @@ def test_the_order_of_groups_of_rows_within_them_and_after_prepare_changes_nothi
     groups = [row for group in (2, 0, 3, 1) for row in range(group * GROUP, (group + 1) * GROUP)]
     inside = [group * GROUP + row for group in range(ROWS // GROUP) for row in (3, 1, 0, 2)]
     for order in (groups, inside):
-        assert difference(gradient_of(config, in_order(given, order)), plain) < NEAR[dtype]
         assert difference(gradient_of(config, in_order(given, order), 3 * TOTAL), plain) < NEAR[dtype]
     batch = GRPO(config).prepare(given, 0.0, {}, local_sum)
     mixed = batch.select(torch.randperm(ROWS, generator=torch.Generator().manual_seed(2)))
-    for microbatch_tokens in (3 * TOTAL, 10**6):
-        assert difference(gradient_of(config, mixed, microbatch_tokens), plain) < NEAR[dtype]
+    assert difference(gradient_of(config, mixed), plain) < NEAR[dtype]
 
 
 def test_the_comparison_notices_groups_that_are_torn_apart():

@@ -302,3 +302,17 @@ def test_a_closed_worker_leaves_no_process():
     assert all(map(wait_until_dead, pids))
     assert worker.call({"value": 1}, LATEST) == 1  # and it can be used again
     worker.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_looping_function_does_not_outlive_a_supervisor_that_was_killed():
+    worker = Worker(do)
+    pid = worker.call({"action": "pid"}, LATEST)
+    thread = threading.Thread(target=lambda: pytest.raises(WorkerDied, worker.call, {"action": "loop"}, LATEST))
+    thread.start()
+    time.sleep(0.2)
+    os.kill(worker._supervisor_pid, signal.SIGKILL)
+    wait_until_dead(pid)
+    thread.join(LATEST)
+    worker.close()
+    assert not alive(pid) and not thread.is_alive()
