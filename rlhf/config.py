@@ -6,7 +6,7 @@ from typing import Literal
 
 from rlhf.algorithms.grpo import GRPOConfig
 from rlhf.algorithms.ppo import PPOConfig
-from rlhf.errors import InputError
+from rlhf.errors import InputError, check_types
 from rlhf.generation import GenerationConfig
 from rlhf.rollout import MissingEOS
 from rlhf.update import UpdateConfig
@@ -62,6 +62,7 @@ class TrainerConfig:
     """Also log to "tensorboard", "wandb" or another tracker that Accelerate knows."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (
             "total_steps",
             "prompts_per_step",

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.core.logprobs import token_logprobs
 from rlhf.core.random import invert_cdf, uniform
-from rlhf.errors import InputError
+from rlhf.errors import InputError, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class GenerationConfig:
     """Completions one process samples side by side: changes memory and speed."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("max_new_tokens", "completions_at_once"):
             if getattr(self, name) < 1:
                 raise InputError(f"generation.{name} must be at least 1, got {getattr(self, name)}.")

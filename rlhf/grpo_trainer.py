@@ -45,6 +45,8 @@ class GRPOTrainer(Trainer):
         grpo, rewards = config.grpo.with_length(config.generation.max_new_tokens), as_list(rewards)
         if grpo.overlong_buffer_tokens:
             weights = [1.0] * len(rewards) if config.reward_weights is None else config.reward_weights
+            if len(weights) != len(rewards):
+                raise InputError(f"reward_weights={weights}: give one number for each of {len(rewards)} rewards.")
             config = replace(config, reward_weights=[*weights, 1.0])
             rewards = [
                 *rewards,

@@ -129,7 +129,7 @@ class Rewards:
 
         Async and isolated functions run while others compute. InputError names function, row (of
         this batch, from 0) and value when a function fails or returns nonsense. A row on which every function abstains
-        is an error, or NaN with `allow_unscored`, which is then an error only if it happens to the whole batch.
+        is an error, or NaN with `allow_unscored`.
         """
         log = _Log(len(completions))
         if isinstance(trainer_state, Mapping):
@@ -147,7 +147,7 @@ class Rewards:
         }
         scores = [self._weighted(row) for row in zip(*per_function.values(), strict=True)]
         unscored = [i for i, score in enumerate(scores) if math.isnan(score)]
-        if unscored and (not allow_unscored or len(unscored) == len(scores)):
+        if unscored and not allow_unscored:
             raise InputError(
                 f"{len(unscored)} of {len(scores)} completions have no score: every reward function returned None for "
                 f"row {unscored[0]} (prompt {excerpt(prompts[unscored[0]])}). Let one of them return a number."

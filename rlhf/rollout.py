@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.core.masking import masked_sum
 from rlhf.data import Prompt
 from rlhf.distributed import Distributed
-from rlhf.errors import TrainingError
+from rlhf.errors import InputError, TrainingError
 from rlhf.generation import Completion, Draws, GenerationConfig, end_tokens, generate
 from rlhf.metrics import MetricSums
 from rlhf.models import Policy
-from rlhf.rewards import RewardResult, Rewards, completion_texts, deviations
+from rlhf.rewards import RewardResult, Rewards, completion_texts, deviation, deviations
 from rlhf.types import Inputs, PolicyOutputs, TrainingBatch, Trajectories
 
 MissingEOS = Literal["keep", "replace", "subtract"]
@@ -119,7 +119,12 @@ class Collector:
             pairs = [total.get(name, (0.0, 0.0)) for total in totals]
             sums.add({name: (_number(sum(t for t, _ in pairs)), _number(sum(n for _, n in pairs)))})
         metrics = sums.reduce(self.distributed.all_sum)
-        metrics["score_std"] = max(0.0, metrics["score_std"] - metrics["score"] ** 2) ** 0.5
+        if "score" not in metrics:
+            raise InputError(
+                "No completion of this step has a score: every reward function returned None for all of them. Let one of "
+                "them return numbers."
+            )
+        metrics["score_std"] = deviation(metrics["score_std"], metrics["score"])
         return deviations(metrics)
 
     def evaluation(self, rollout: Rollout) -> dict[str, float]:

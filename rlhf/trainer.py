@@ -445,7 +445,14 @@ class Trainer:
             f"per step, {c.update.num_epochs} epoch(s) x {completions // size} minibatch(es) of {size}",
             f"rewards: {', '.join(self.rewards.names)}",
             *self._notes,
+            *self._repeats(),
         )
+
+    def _repeats(self) -> list[str]:
+        count, given = self.config.prompts_per_step, len(self.data)
+        if count <= given:
+            return []
+        return [f"note: a step takes {count} prompts and there are {given}: they repeat within it, with other draws"]
 
     def _self_check(self, gap: float, reference_kl: float | None) -> None:
         """Before the first update: the policy that sampled is the policy that trains."""

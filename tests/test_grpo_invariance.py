@@ -187,11 +187,9 @@ def test_rows_of_uneven_length_may_be_split_anyhow(microbatch_tokens, dtype):
 
 def test_the_comparison_notices_a_mean_over_each_microbatch(monkeypatch):
     batch = GRPO(HARD).prepare(trajectories(torch.float64), 0.0, {}, local_sum)
-    whole = gradient_of(HARD, batch)
     monkeypatch.setattr(grpo_module, "weighted_sum", broken.weighted_sum_averages_its_own_elements)
     alone = gradient_of(HARD, batch, 2 * TOTAL) / 8  # the mean of 8 means
-    assert difference(gradient_of(HARD, batch), whole) < 1e-10  # in one piece nobody would notice
-    assert difference(alone, whole) > 0.1
+    assert difference(alone, gradient_of(HARD, batch)) > 0.1
 
 
 # --- padding ---
@@ -229,7 +227,9 @@ def test_padding_and_what_it_holds_change_nothing(config, dtype):
         (20, -1e30, tiny.PAD, 16),
     ]:
         wide = padded(given, width, fill, token)
-        assert difference(gradient_of(config, wide, rows * TOTAL), plain) < NEAR[dtype], (width, fill)
+        # the ratio of a whole completion is exp of a sum: it multiplies the rounding of each token's log-prob
+        limit = NEAR[dtype] * (4 if config.ratio == "sequence" else 1)
+        assert difference(gradient_of(config, wide, rows * TOTAL), plain) < limit, (width, fill)
 
 
 def test_the_comparison_notices_padding_that_counts():
@@ -317,7 +317,8 @@ def run_case(case: str, output_dir: Path) -> dict:
 
     def shape(completions, completion_ids, prompts, log_metric):
         sampled.append([(prompt, list(ids)) for prompt, ids in zip(prompts, completion_ids, strict=True)])
-        log_metric("letters", sum(map(len, completions)))
+        for text in completions:
+            log_metric("letters", len(text))
         return [None if text.startswith("h") else 0.01 * len(text) for text in completions]
 
     class Trainer(GRPOTrainer):

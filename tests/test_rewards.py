@@ -164,8 +164,10 @@ def test_a_row_without_any_score_is_an_error_or_counted():
     result = call(rewards, allow_unscored=True)
     assert math.isnan(result.scores[1]) and result.scores[0] == 1.0
     assert result.totals["rewards/unscored"] == (1, 4)
-    with pytest.raises(InputError, match="4 of 4 completions"):
-        call(Rewards(returns([None] * 4)), allow_unscored=True)
+    nothing = call(
+        Rewards(returns([None] * 4)), allow_unscored=True
+    )  # the trainer looks at all processes' rows together
+    assert all(map(math.isnan, nothing.scores)) and nothing.totals["rewards/unscored"] == (4, 4)
 
 
 # --- what a function returns ---

@@ -308,7 +308,12 @@ def test_a_closed_worker_leaves_no_process():
 def test_a_looping_function_does_not_outlive_a_supervisor_that_was_killed():
     worker = Worker(do)
     pid = worker.call({"action": "pid"}, LATEST)
-    thread = threading.Thread(target=lambda: pytest.raises(WorkerDied, worker.call, {"action": "loop"}, LATEST))
+
+    def loop():
+        with pytest.raises(WorkerDied):
+            worker.call({"action": "loop"}, LATEST)
+
+    thread = threading.Thread(target=loop)
     thread.start()
     time.sleep(0.2)
     os.kill(worker._supervisor_pid, signal.SIGKILL)

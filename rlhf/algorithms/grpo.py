@@ -90,7 +90,7 @@ class GRPOConfig:
                 raise InputError(f"grpo.{name} must be {least} or more, got {value}.")
         for name in ("clip_range", "clip_range_high", "std_eps"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"grpo.{name} must be above 0, got {value}.")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise InputError(f"grpo.dual_clip must be above 1, or null for none, got {self.dual_clip}.")
@@ -172,6 +172,8 @@ class GRPO:
         learns = mask & ~self._left_out(trajectories).unsqueeze(1)
         if config.whiten_tokens:
             advantages = whiten(advantages, learns, all_sum=all_sum)
+        if trajectories.scored is not None:
+            advantages = torch.where(trajectories.scored.unsqueeze(1), advantages, 0.0)
         high = config.clip_range if config.clip_range_high is None else config.clip_range_high
         weighting = self._weighting(mask, learns, old.dtype)
         return TrainingBatch(
@@ -194,10 +196,13 @@ class GRPO:
         return _mean(equal_groups(scores, self.config.completions_per_prompt, scored).to(scores.dtype), all_sum)
 
     def _left_out(self, trajectories: Trajectories) -> Tensor:
-        """(rows,) bool: completions that teach nothing."""
-        if not self.config.mask_truncated:
-            return torch.zeros_like(trajectories.row_index, dtype=torch.bool)
-        return (trajectories.episode_ends & ~trajectories.terminated & trajectories.mask).any(-1)
+        """(rows,) bool: completions that teach nothing, without a score or cut."""
+        left_out = torch.zeros_like(trajectories.row_index, dtype=torch.bool)
+        if trajectories.scored is not None:
+            left_out |= ~trajectories.scored
+        if self.config.mask_truncated:
+            left_out |= (trajectories.episode_ends & ~trajectories.terminated & trajectories.mask).any(-1)
+        return left_out
 
     def _weighting(self, mask: Tensor, learns: Tensor, dtype: torch.dtype) -> Weighting:
         """The weight of each token and what its row adds to the denominator; the latter also of completions left out, so

@@ -8,7 +8,8 @@ from torch import Tensor
 from rlhf.core.masking import AllSum, local_sum
 
 EQUAL = 1e-6
-"""Scores of a group that differ by at most this much of their size are equal: rounding is no preference."""
+"""Scores of a group that differ by at most this much of their size (of 1, if they are smaller) are equal: rounding is no
+preference."""
 
 
 def gae(
