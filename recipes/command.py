@@ -1,7 +1,7 @@
 """What the commands that train a policy share: the user's model, data and rewards as settings, and their checks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +9,10 @@ from rlhf.config import TrainerConfig
 from rlhf.errors import InputError
 from rlhf.reward_functions import load_reward_function
 from rlhf.rewards import isolated
+
+
+EMBEDDED_TAKES = ("policy", "resume", "overwrite", "preset")
+"""What also makes sense without a model of the user's, besides the trainer's settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +48,12 @@ class UserRun:
                     "reward_model and reward are both missing: name at least one, such as --reward file.py:name."
                 )
             return
-        for name in ("tokenizer", "dataset", "eval_dataset", "reward_model", "reward", "reward_weights"):
-            if getattr(self, name):
+        trained = {f.name for f in fields(self.trainer_config)} - {"reward_weights"}
+        for f in fields(self):
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            if f.name not in {*trained, *EMBEDDED_TAKES} and getattr(self, f.name) != default:
                 raise InputError(
-                    f"{name} is set but policy is not: name the model to train, or leave both out for the embedded data."
+                    f"{f.name} is set but policy is not: name the model to train, or leave both out for the embedded data."
                 )
 
     def training(self, **changes: Any) -> Any:
@@ -62,10 +68,8 @@ class UserRun:
 
 
 def _reward_function(name: str) -> Callable[..., Any]:
-    """A user's function runs in a process of its own, where it can neither hang nor end the run; ours look after
-    themselves."""
-    function = load_reward_function(name, "reward")
-    return isolated(function)
+    """In a process of its own, where it can neither hang nor end the run."""
+    return isolated(load_reward_function(name, "reward"))
 
 
 def embedded_by_default(arguments: list[str], config_file: str) -> list[str]:
