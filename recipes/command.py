@@ -10,7 +10,6 @@ from rlhf.errors import InputError
 from rlhf.reward_functions import load_reward_function
 from rlhf.rewards import isolated
 
-
 EMBEDDED_TAKES = ("policy", "resume", "overwrite", "preset")
 """What also makes sense without a model of the user's, besides the trainer's settings."""
 
