@@ -177,7 +177,7 @@ def supervise(function: Callable[..., Any], control: socket.socket, parent: int)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        _supervise(function, control, parent)
+        _supervise(function, control, parent)  # however it ends, a worker ends with it (_die_with)
     finally:
         os._exit(0)
 
