@@ -247,6 +247,7 @@ def test_a_worker_killed_from_outside_between_two_calls_is_replaced(worker):
 def test_a_supervisor_killed_from_outside_is_replaced(worker):
     worker.call({}, LATEST)
     os.kill(worker._supervisor_pid, signal.SIGKILL)
+    wait_until_dead(worker._supervisor_pid)  # on a busy machine that takes a while, and the worker would serve until then
     with contextlib.suppress(WorkerDied):
         worker.call({}, LATEST)
     assert worker.call({"value": 1}, LATEST) == 1
@@ -266,7 +267,7 @@ def test_another_thread_can_interrupt_a_call(worker):
 def test_what_is_printed_is_passed_on_up_to_a_limit_and_a_note(worker, capsys):
     assert worker.call({"action": "print", "value": 100}, LATEST) is None
     assert sorted(capsys.readouterr().out) == sorted("x" * 100 + "\n" + "y" * 100)
-    worker.call({"action": "print", "value": 5_000_000}, LATEST)
+    worker.call({"action": "print", "value": 50_000_000}, LATEST)
     out = capsys.readouterr().out
     assert out[:OUTPUT_LIMIT] == "x" * OUTPUT_LIMIT
     assert len(out) < OUTPUT_LIMIT + 200 and out.count("is dropped") == 1
