@@ -114,6 +114,7 @@ def draw(numbers: Mapping[str, Any]) -> Any:
         x="learning rate (constant, log scale)",
         y="95 % quantile of KL(old || new), exact, nats (log)",
     )
+    kls.set_ylim(bottom=max(1e-4, kls.get_ylim()[0]))  # a policy that has saturated does not move at all
     returns.set_ylim(bottom=0 if np.nanmin(returns.get_ylim()) > -50 else None)
     returns.legend(fontsize="small", frameon=False, loc="best")
     figure.suptitle(
