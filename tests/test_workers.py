@@ -247,7 +247,7 @@ def test_a_worker_killed_from_outside_between_two_calls_is_replaced(worker):
 def test_a_supervisor_killed_from_outside_is_replaced(worker):
     worker.call({}, LATEST)
     os.kill(worker._supervisor_pid, signal.SIGKILL)
-    wait_until_dead(worker._supervisor_pid)  # on a busy machine that takes a while, and the worker would serve until then
+    wait_until_dead(worker._supervisor_pid)  # a busy machine takes a while, and the worker serves until then
     with contextlib.suppress(WorkerDied):
         worker.call({}, LATEST)
     assert worker.call({"value": 1}, LATEST) == 1
