@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf import reward_calls
 from rlhf.errors import InputError
 from rlhf.rewards import Rewards, isolated
 
@@ -84,6 +85,13 @@ def call(rewards, *completions, **options):
     rows = len(completions)
     prompts = [f"prompt {row}" for row in range(rows)]
     return rewards(prompts=prompts, completions=completions, completion_ids=[[1]] * rows, **options)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """On a busy machine a new worker alone may take a second to start."""
+    monkeypatch.setattr(reward_calls, "ROW_S", 2.5)
+    monkeypatch.setattr(reward_calls, "SEARCH_S", 15.0)
 
 
 def refused(rewards, *completions):

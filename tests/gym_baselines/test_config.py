@@ -517,6 +517,14 @@ def test_the_guide_explains_every_metric_of_a_control_run_and_no_other():
     named = {name for row in rows if row.startswith("| `") for name in re.findall(r"`([\w/]+)`", row.split("|")[1])}
     of_language_models = {"score", "score_std", "reward_kl", "kl_coef", "prompts_seen", "completion_length"}
     of_language_models |= {"truncated_fraction", "rewards/unscored"}
+    of_language_models |= {
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "kl",
+        "sampling/sampling_logp_difference/max",
+    }
+    of_language_models |= {"dynamic_sampling/rounds", "dynamic_sampling/prompts"}
     known = {name for name in TABLE if "<" not in name} - of_language_models
     assert {name.removeprefix("eval/") for name in named} == known
 
