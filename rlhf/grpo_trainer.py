@@ -34,7 +34,7 @@ FIELD_NAMES = {
 class GRPOTrainer(Trainer):
     """GRPO and its relatives: no value model, no reward model needed. See `Trainer` for the arguments.
 
-    A completion on which all reward functions abstain (None) is left out; it is an error only if all of a process's do.
+    A completion on which all reward functions abstain (None) is left out; it is an error only if all of a step's do.
     """
 
     config: GRPOTrainerConfig
