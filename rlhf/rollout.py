@@ -121,8 +121,8 @@ class Collector:
         metrics = sums.reduce(self.distributed.all_sum)
         if "score" not in metrics:
             raise InputError(
-                "No completion of this step has a score: every reward function returned None for all of them. Let one of "
-                "them return numbers."
+                f"No completion of this step has a score: {', '.join(self.rewards.names)} returned None for every row. Let "
+                "a reward function return numbers."
             )
         metrics["score_std"] = deviation(metrics["score_std"], metrics["score"])
         return deviations(metrics)

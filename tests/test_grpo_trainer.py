@@ -439,12 +439,12 @@ def test_an_unscored_completion_has_advantage_0_whatever_is_done_to_the_others(c
         assert float(mean) == pytest.approx(0, abs=1e-9) and float(deviation) == pytest.approx(1, abs=1e-6)
 
 
-def test_if_no_completion_of_a_step_has_a_score_the_run_stops_and_names_the_rows(tmp_path):
+def test_if_no_completion_of_a_step_has_a_score_the_run_stops_and_names_the_functions(tmp_path):
     def silent(completions, trainer_state, **_):
         return [None if trainer_state.global_step == 1 else float(len(text)) for text in completions]
 
     trainer = make_trainer(tmp_path, rewards=(silent,), grpo=PLAIN, checkpoint_every=0)
-    with pytest.raises(InputError, match=r"No completion of this step has a score.*None"):
+    with pytest.raises(InputError, match=r"No completion of this step has a score: silent returned None for every row"):
         trainer.train()
     assert (tmp_path / "checkpoints" / "step-000001").is_dir()  # nothing trained is lost
 
