@@ -94,7 +94,7 @@ def compare(config: CompareConfig) -> list[Summary]:
     """The summaries, in the order of config.algorithms."""
     for algorithm in config.algorithms:
         if algorithm in PEERS:
-            require(algorithm)
+            require(algorithm, config.env)
     threshold = threshold_of(config)
     jobs = jobs_of(config)
     results = run_jobs(jobs, config.folder, workers=config.workers, overwrite=config.overwrite, description=config.env)

@@ -1,18 +1,20 @@
 """Stable-Baselines3 beside us: its algorithms at rl-zoo's tuned settings, measured like our own. Extra: `peers`.
 
-Settings: hyperparams/{dqn,sac,ppo,a2c,trpo}.yml of rl-baselines3-zoo at 22e3ff2 (2026-04-23), with training
-environments that have no render mode (Stable-Baselines3's default "rgb_array" makes LunarLander 4 times slower).
+Its training environments get no render mode (its default "rgb_array" makes LunarLander 4 times slower).
 """
 
+from contextlib import closing
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Discrete
 
 from gym_baselines.environments import EVALUATION, EnvironmentConfig, make_env
 from gym_baselines.lines_of_code import executed_lines
 from gym_baselines.meter import Meter, RunSpec
+from gym_baselines.zoo import ZOO
 from rlhf.errors import InputError
 
 ALGORITHMS = {
@@ -24,126 +26,20 @@ ALGORITHMS = {
 }
 """Name in `compare` -> (package, class)."""
 
+ACTIONS = {"sb3_dqn": Discrete, "sb3_sac": Box}
+"""What is needed by those that do not take every action space."""
+
 PACKAGES = {"stable_baselines3": "stable-baselines3", "sb3_contrib": "sb3-contrib"}
 DEFAULT_STEPS = 100_000
 LINES_STEPS = {"sb3_dqn": 1_600, "sb3_sac": 250}
 """Steps after which each has learnt at least once; the others need two rollouts."""
 
-# `n_envs`, `total_steps`, `normalize` and "linear ..." are the zoo's own; the rest are arguments of the class.
-ZOO: dict[tuple[str, str], dict[str, Any]] = {
-    ("sb3_dqn", "CartPole-v1"): {
-        "total_steps": 50_000,
-        "learning_rate": 2.3e-3,
-        "batch_size": 64,
-        "buffer_size": 100_000,
-        "learning_starts": 1000,
-        "gamma": 0.99,
-        "target_update_interval": 10,
-        "train_freq": 256,
-        "gradient_steps": 128,
-        "exploration_fraction": 0.16,
-        "exploration_final_eps": 0.04,
-        "policy_kwargs": {"net_arch": [256, 256]},
-    },
-    ("sb3_ppo", "CartPole-v1"): {
-        "total_steps": 100_000,
-        "n_envs": 8,
-        "n_steps": 32,
-        "batch_size": 256,
-        "gae_lambda": 0.8,
-        "gamma": 0.98,
-        "n_epochs": 20,
-        "ent_coef": 0.0,
-        "learning_rate": "linear 0.001",
-        "clip_range": "linear 0.2",
-    },
-    ("sb3_a2c", "CartPole-v1"): {"total_steps": 500_000, "n_envs": 8, "ent_coef": 0.0},
-    ("sb3_trpo", "CartPole-v1"): {
-        "total_steps": 100_000,
-        "n_envs": 2,
-        "n_steps": 512,
-        "batch_size": 512,
-        "cg_damping": 1e-3,
-        "gae_lambda": 0.98,
-        "gamma": 0.99,
-        "learning_rate": 1e-3,
-        "n_critic_updates": 20,
-    },
-    ("sb3_sac", "Pendulum-v1"): {"total_steps": 20_000, "learning_rate": 1e-3},
-    ("sb3_ppo", "Pendulum-v1"): {
-        "total_steps": 100_000,
-        "n_envs": 4,
-        "n_steps": 1024,
-        "gae_lambda": 0.95,
-        "gamma": 0.9,
-        "n_epochs": 10,
-        "ent_coef": 0.0,
-        "learning_rate": 1e-3,
-        "clip_range": 0.2,
-        "use_sde": True,
-        "sde_sample_freq": 4,
-    },
-    ("sb3_a2c", "Pendulum-v1"): {
-        "total_steps": 1_000_000,
-        "normalize": True,
-        "n_envs": 8,
-        "n_steps": 8,
-        "gae_lambda": 0.9,
-        "gamma": 0.9,
-        "ent_coef": 0.0,
-        "vf_coef": 0.4,
-        "max_grad_norm": 0.5,
-        "use_rms_prop": True,
-        "normalize_advantage": False,
-        "learning_rate": "linear 7e-4",
-        "use_sde": True,
-        "policy_kwargs": {"log_std_init": -2, "ortho_init": False},
-    },
-    ("sb3_trpo", "Pendulum-v1"): {
-        "total_steps": 100_000,
-        "n_envs": 2,
-        "n_steps": 1024,
-        "gamma": 0.9,
-        "n_critic_updates": 15,
-        "use_sde": True,
-        "sde_sample_freq": 4,
-    },
-    ("sb3_ppo", "LunarLander-v3"): {
-        "total_steps": 1_000_000,
-        "n_envs": 16,
-        "n_steps": 1024,
-        "batch_size": 64,
-        "gae_lambda": 0.98,
-        "gamma": 0.999,
-        "n_epochs": 4,
-        "ent_coef": 0.01,
-    },
-    ("sb3_a2c", "LunarLander-v3"): {
-        "total_steps": 200_000,
-        "n_envs": 8,
-        "n_steps": 5,
-        "gamma": 0.995,
-        "learning_rate": "linear 0.00083",
-        "ent_coef": 0.00001,
-    },
-    ("sb3_trpo", "LunarLander-v3"): {
-        "total_steps": 200_000,
-        "n_envs": 2,
-        "n_steps": 512,
-        "cg_damping": 0.01,
-        "gae_lambda": 0.98,
-        "gamma": 0.99,
-        "learning_rate": 1e-3,
-        "n_critic_updates": 15,
-    },
-}
-"""(algorithm, environment) -> tuned settings. Where there are none, the library's own defaults are used."""
 
-
-def require(algorithm: str) -> None:
-    """InputError unless the peer is known and installed."""
+def require(algorithm: str, env: str) -> None:
+    """InputError unless the peer is known, fits the environment and is installed."""
     if algorithm not in ALGORITHMS:
         raise InputError(f"algorithms: there is no peer {algorithm!r}; known: {', '.join(ALGORITHMS)}.")
+    _check_spaces(algorithm, env)
     package, _ = ALGORITHMS[algorithm]
     try:
         import_module(package)
@@ -154,13 +50,25 @@ def require(algorithm: str) -> None:
         ) from error
 
 
+def _check_spaces(algorithm: str, env: str) -> None:
+    with closing(make_env(env, seed=0, row=0)) as single:
+        observations, actions = single.observation_space, single.action_space
+    if len(observations.shape or ()) > 1:
+        raise InputError(
+            f"algorithms: {algorithm} is compared on observations that are vectors, {env} has {observations}."
+        )
+    wanted = ACTIONS.get(algorithm)
+    if wanted is not None and not isinstance(actions, wanted):
+        raise InputError(f"algorithms: {algorithm} needs {wanted.__name__} actions, {env} has {actions}: leave it out.")
+
+
 def measures_kl(algorithm: str) -> bool:
     """DQN has no distribution, and the steps of both off-policy algorithms are single minibatches."""
     return algorithm not in ("sb3_dqn", "sb3_sac")
 
 
 def default_steps(algorithm: str, env: str) -> int:
-    return int(ZOO.get((algorithm, env), {}).get("total_steps", DEFAULT_STEPS))
+    return int(ZOO.get((algorithm, env), {}).get("n_timesteps", DEFAULT_STEPS))
 
 
 def measured_peer(spec: RunSpec, meter: Meter) -> dict[str, Any]:
@@ -186,13 +94,13 @@ def settings_of(spec: RunSpec) -> dict[str, Any]:
 
 def build(spec: RunSpec) -> Any:
     """The untrained model, with its training environments."""
-    require(spec.algorithm)
+    require(spec.algorithm, spec.env)
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
     package, name = ALGORITHMS[spec.algorithm]
     settings = settings_of(spec)
-    settings.pop("total_steps", None)
+    settings.pop("n_timesteps", None)
     normalize = settings.pop("normalize", False)
     envs = make_vec_env(spec.env, settings.pop("n_envs", 1), seed=spec.seed, env_kwargs={"render_mode": None})
     if normalize:
@@ -202,9 +110,9 @@ def build(spec: RunSpec) -> Any:
 
 
 def _schedule(value: Any) -> Any:
-    """ "linear 0.001" falls to 0 with the share of the training that is left."""
-    if isinstance(value, str) and value.startswith("linear "):
-        start = float(value.removeprefix("linear "))
+    """ "lin_0.001" falls to 0 with the share of the training that is left."""
+    if isinstance(value, str) and value.startswith("lin_"):
+        start = float(value.removeprefix("lin_"))
         return lambda remaining: start * remaining
     return value
 
