@@ -19,7 +19,7 @@ from rlhf.cli import guard
 from rlhf.distributed import Distributed
 from rlhf.metrics import read_metrics
 from tests import tiny
-from tests.test_grpo_trainer import make_trainer, shape, verdict
+from tests.grpo_runs import make_trainer, shape, verdict
 
 NOWHERE = "/no/such/policy"
 NAN, INF = math.nan, math.inf

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf import GenerationConfig, PPOConfig, PPOTrainer, PPOTrainerConfig, UpdateConfig
+from rlhf import Callback, GenerationConfig, PPOConfig, PPOTrainer, PPOTrainerConfig, UpdateConfig
 
 PAD, BOS, EOS = 0, 1, 2
 LETTERS = "abcdefgh"
@@ -131,3 +131,23 @@ def trainer(
 
 
 _default_tokenizer = tokenizer
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+
+
+def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+class AtStep(Callback):
+    """Calls `action(trainer)` when the given step has ended."""
+
+    def __init__(self, step: int, action) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, trainer, step, metrics):
+        if step == self.step:
+            self.action(trainer)
