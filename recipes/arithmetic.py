@@ -7,15 +7,13 @@ time. Whether an answer is right can be computed: no reward model is needed to d
 seed)` writes the four JSON-lines files that a user's own data would be; everything is a pure function of the seed.
 """
 
-import json
 from math import comb
 from pathlib import Path
 from random import Random
 
+from small_task import check_empty, small_llama, token_ids, wrapped, write_files
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-from rlhf.errors import InputError
 
 OPERANDS = range(10, 100)
 """Both numbers of a problem: 8,100 problems."""
@@ -32,38 +30,15 @@ SFT_SETTINGS = {"learning_rate": 2e-3, "num_epochs": 1, "batch_size": 64, "micro
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character; <pad>, <bos>, <eos> and <unk> are four different tokens. Text and tokens correspond one to
     one for texts of digits, "+" and "="."""
-    specials = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    ids = {token: index for index, token in enumerate([*specials, *"0123456789+="])}
-    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(token_ids("0123456789+="), unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=32,
-    )
+    return wrapped(core, max_tokens=32)
 
 
 def model_config() -> LlamaConfig:
     """A causal Llama of about 0.6 million parameters, which learns to add in a minute on one CPU core."""
-    tokens = tokenizer()
-    return LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-        initializer_range=128**-0.5,  # 1 / sqrt(hidden_size): the usual 0.02 is for wide models and learns slowly here
-        pad_token_id=tokens.pad_token_id,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-    )
+    return small_llama(tokenizer(), hidden_size=128, num_layers=3)
 
 
 def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
@@ -74,8 +49,7 @@ def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
     the same bytes. Writes beside `folder` and renames, so that it is whole or absent; it must not hold anything yet.
     """
     random, folder = Random(seed), Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"folder {folder} is not empty. Name another one, or delete it.")
+    check_empty(folder)
     train, test = _split(random)
     files = {
         "sft": [_demonstration(*random.choice(train), random) for _ in range(NUM_SFT)],
@@ -83,13 +57,7 @@ def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
         "prompts_train": [_question(*problem) for problem in train],
         "prompts_test": [_question(*problem) for problem in test],
     }
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    partial.rename(folder)
-    return {name: folder / f"{name}.jsonl" for name in files}
+    return write_files(folder, files)
 
 
 def _split(random: Random) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

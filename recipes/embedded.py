@@ -4,17 +4,15 @@
 of the seed. The language and the hidden judge are in reviews.py; nothing trained here ever sees `gold_score`.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 
 from reviews import gold_score, vocabulary, words, write_prompt, write_review
+from small_task import check_empty, small_llama, token_ids, wrapped, write_files
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-from rlhf.errors import InputError
 
 __all__ = ["distinct_n", "gold_score", "model_config", "tokenizer", "win_rate", "write_data"]
 
@@ -32,40 +30,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
     Text and tokens correspond one to one for lower-case text, with or without the space before a full stop.
     """
-    specials = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    ids = {token: index for index, token in enumerate([*specials, *vocabulary()])}
-    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(token_ids(vocabulary()), unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()  # words and punctuation apart
     joined = decoders.WordPiece(prefix="##", cleanup=True)  # joins with spaces, none before "." and "?"
     core.decoder = decoders.Sequence([joined, decoders.Replace(" :", ":")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=128,
-    )
+    return wrapped(core, max_tokens=128)
 
 
 def model_config() -> LlamaConfig:
     """A causal Llama of about 0.1 million parameters, small enough for PPO on two CPU cores in minutes."""
-    tokens = tokenizer()
-    return LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.125,  # 1 / sqrt(hidden_size): the usual 0.02 is for wide models and learns slowly here
-        pad_token_id=tokens.pad_token_id,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-    )
+    return small_llama(tokenizer(), hidden_size=64, num_layers=2)
 
 
 def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
@@ -75,8 +50,7 @@ def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
     `folder` and renames, so that it is whole or absent; it must not hold anything yet.
     """
     random, folder = Random(seed), Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"folder {folder} is not empty. Name another one, or delete it.")
+    check_empty(folder)
     prompts = _distinct_prompts(NUM_PROMPTS + NUM_TEST_PROMPTS, random)
     train, test = prompts[NUM_TEST_PROMPTS:], prompts[:NUM_TEST_PROMPTS]
     files: dict[str, list[dict[str, str]]] = {
@@ -87,13 +61,7 @@ def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
         "prompts_train": [{"prompt": prompt} for prompt in train],
         "prompts_test": [{"prompt": prompt} for prompt in test],
     }
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    partial.rename(folder)
-    return {name: folder / f"{name}.jsonl" for name in files}
+    return write_files(folder, files)
 
 
 def _distinct_prompts(number: int, random: Random) -> list[str]:

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import arithmetic
-import datasets
-import torch
-import transformers
-from sft import SFTConfig, fine_tune
+from small_task import be_quick_and_quiet, train_sft
 from stages import Stages
-from transformers import LlamaForCausalLM
 
 from rlhf.core.random import EVALUATION
 from rlhf.data import PromptDataset
@@ -48,29 +44,15 @@ class Answers:
 
 def run(config: "GRPORecipe") -> dict[str, dict[str, float]]:
     """All stages; the numbers of the table that is printed in the end."""
-    torch.set_num_threads(1)  # the model is too small to share out: with two threads every stage is slower
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving: every file is small here
-    datasets.disable_progress_bars()
+    be_quick_and_quiet()
     distributed, root = Distributed(precision=config.precision), Path(config.output_dir)
     stages = Stages(root, config.training(output_dir=""), distributed, overwrite=config.overwrite)
     stages.run("data", "data", lambda folder: arithmetic.write_data(folder, config.seed), on_main=True)
-    stages.run("supervised fine-tuning", "sft", lambda folder: _train_sft(root, folder, config.seed))
+    stages.run(
+        "supervised fine-tuning", "sft", lambda folder: train_sft(arithmetic, root / "data", folder, config.seed)
+    )
     stages.run("GRPO", "grpo/policy", lambda _: _train_grpo(root, config))
     return _evaluate(root, config, distributed)
-
-
-def _train_sft(root: Path, folder: Path, seed: int) -> None:
-    torch.manual_seed(seed)  # the only global randomness: the initial weights
-    config = SFTConfig(
-        model="(made from a config)",
-        dataset=str(root / "data" / "sft.jsonl"),
-        output_dir=str(folder),
-        seed=seed,
-        **arithmetic.SFT_SETTINGS,
-    )
-    model = LlamaForCausalLM(arithmetic.model_config())
-    test_rows = load_rows(root / "data" / "sft_test.jsonl")
-    fine_tune(model, arithmetic.tokenizer(), load_rows(config.dataset), config, test_rows)
 
 
 def _train_grpo(root: Path, config: "GRPORecipe") -> None:

@@ -8,14 +8,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import embedded
-import torch
-import transformers
 from reward_model import RewardModelConfig, train_reward_model
-from sft import SFTConfig, fine_tune
+from small_task import be_quick_and_quiet, train_sft
 from stages import Stages
-from transformers import LlamaForCausalLM
 
 from rlhf.core.random import EVALUATION
 from rlhf.data import PromptDataset
@@ -43,31 +39,14 @@ def gold(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 
 def run(config: "PPORecipe") -> dict[str, dict[str, float]]:
     """All stages; the numbers of the table that is printed in the end."""
-    torch.set_num_threads(1)  # the model is too small to share out: with two threads every stage is slower
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving: every file is small here
-    datasets.disable_progress_bars()
+    be_quick_and_quiet()
     distributed, root = Distributed(precision=config.precision), Path(config.output_dir)
     stages = Stages(root, config.training(output_dir=""), distributed, overwrite=config.overwrite)
     stages.run("data", "data", lambda folder: embedded.write_data(folder, config.seed), on_main=True)
-    stages.run("supervised fine-tuning", "sft", lambda folder: _train_sft(root, folder, config.seed))
+    stages.run("supervised fine-tuning", "sft", lambda folder: train_sft(embedded, root / "data", folder, config.seed))
     stages.run("reward model", "reward_model", lambda folder: _train_reward_model(root, folder, config.seed))
     stages.run("PPO", "ppo/policy", lambda _: _train_ppo(root, config))
     return _evaluate(root, config, distributed)
-
-
-def _train_sft(root: Path, folder: Path, seed: int) -> None:
-    torch.manual_seed(seed)  # the only global randomness: the initial weights
-    config = SFTConfig(
-        model="(made from a config)",
-        dataset=str(root / "data" / "sft.jsonl"),
-        output_dir=str(folder),
-        seed=seed,
-        **embedded.SFT_SETTINGS,
-    )
-    model = LlamaForCausalLM(embedded.model_config())
-    fine_tune(
-        model, embedded.tokenizer(), load_rows(config.dataset), config, load_rows(root / "data" / "sft_test.jsonl")
-    )
 
 
 def _train_reward_model(root: Path, folder: Path, seed: int) -> None:
