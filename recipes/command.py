@@ -5,10 +5,16 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import transformers
+from datasets import Dataset
+
 from rlhf.config import TrainerConfig
 from rlhf.errors import InputError
+from rlhf.models import load_tokenizer
 from rlhf.reward_functions import load_reward_function
 from rlhf.rewards import isolated
+from rlhf.rows import load_rows, prompt_rows
+from rlhf.trainer import Trainer
 
 EMBEDDED_TAKES = ("policy", "resume", "overwrite", "preset")
 """What also makes sense without a model of the user's, besides the trainer's settings."""
@@ -28,6 +34,15 @@ class UserRun:
     """Prompts: a JSON-lines, parquet or CSV file, a directory, or a hub name; a column "prompt" or "messages"."""
     eval_dataset: str | None = None
     """Held-out prompts."""
+    dataset_split: str = "train"
+    """Part of `dataset` to train on, if it is a directory or hub data set; also a slice, such as train[:1000]."""
+    eval_split: str = "train"
+    """Part of `eval_dataset` to evaluate on."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompts. Under another name than "prompt", texts become a user's turn if the tokenizer has a
+    chat template. The other columns reach the reward functions."""
+    system_prompt: str | None = None
+    """System turn before each prompt, which makes it a conversation: the tokenizer needs a chat template."""
     reward_model: str | None = None
     """Sequence classifier with one label, a directory or hub name."""
     reward: list[str] = field(default_factory=list)
@@ -60,6 +75,15 @@ class UserRun:
         kind = self.trainer_config
         return kind(**{f.name: getattr(self, f.name) for f in fields(kind)} | changes)
 
+    def prompts(self, setting: str, tokenizer: Any) -> Dataset | None:
+        """The rows of `dataset` or `eval_dataset`, their prompts in the column "prompt"."""
+        name = getattr(self, setting)
+        if name is None:
+            return None
+        rows = load_rows(name, self.dataset_split if setting == "dataset" else self.eval_split, setting=setting)
+        chat = self.prompt_column != "prompt" and bool(tokenizer.chat_template)
+        return prompt_rows(rows, self.prompt_column, self.system_prompt, chat=chat, setting=setting)
+
     def rewards(self) -> list[str | Callable[..., Any]]:
         """What the trainer takes: the reward model's path, if there is one, and the loaded functions."""
         models = [self.reward_model] if self.reward_model else []
@@ -77,6 +101,21 @@ def embedded_by_default(arguments: list[str], config_file: str) -> list[str]:
     return [] if named else [f"--config={Path(__file__).parent / 'configs' / config_file}"]
 
 
-def say_where(output_dir: str) -> None:
-    """After a run."""
-    print(f"the trained policy is in {output_dir}/policy; try it: python -m rlhf.sample {output_dir}/policy")
+def train(config: Any, trainer_class: type[Trainer]) -> None:
+    """The user's policy on the user's prompts and rewards."""
+    transformers.utils.logging.disable_progress_bar()  # the run has its own
+    rewards = config.rewards()
+    named = config.tokenizer or config.policy
+    tokenizer = load_tokenizer(named, setting="tokenizer" if config.tokenizer else "policy")
+    trainer = trainer_class(
+        config.policy,
+        rewards,
+        config.prompts("dataset", tokenizer),
+        config.training(),
+        tokenizer=tokenizer,
+        eval_dataset=config.prompts("eval_dataset", tokenizer),
+    )
+    trainer.train(resume=config.resume, overwrite=config.overwrite)
+    if trainer.distributed.is_main:
+        policy = f"{config.output_dir}/policy"
+        print(f"the trained policy is in {policy}; try it: python -m rlhf.sample {policy}")

@@ -11,8 +11,7 @@ Every setting of rlhf/config.py works as `--name value` and in a YAML file given
 import sys
 from dataclasses import dataclass
 
-import transformers
-from command import UserRun, embedded_by_default, say_where
+from command import UserRun, embedded_by_default, train
 
 from rlhf.cli import run_command
 from rlhf.config import PPOTrainerConfig
@@ -29,24 +28,9 @@ class PPORecipe(UserRun, PPOTrainerConfig):
     """Directory of this run: checkpoints, metrics, and in the end the policy."""
 
 
-def train(config: PPORecipe) -> None:
-    """The user's policy on the user's prompts and rewards."""
-    trainer = PPOTrainer(
-        config.policy,
-        config.rewards(),
-        config.dataset,
-        config.training(),
-        tokenizer=config.tokenizer,
-        eval_dataset=config.eval_dataset,
-    )
-    trainer.train(resume=config.resume, overwrite=config.overwrite)
-    say_where(config.output_dir)
-
-
 def main(config: PPORecipe) -> None:
-    transformers.utils.logging.disable_progress_bar()  # the run has its own
     if config.policy is not None:
-        train(config)
+        train(config, PPOTrainer)
     else:
         import pipeline  # beside this file; it needs nothing that a user's own run needs
 

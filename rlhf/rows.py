@@ -129,6 +129,34 @@ def prompt_reader(columns: Sequence[str], setting: str) -> tuple[str | None, Cal
     return None, lambda row: split_pair(clean(row["chosen"]), clean(row["rejected"]))[0]
 
 
+def prompt_rows(rows: Dataset, column: str, system_prompt: str | None, *, chat: bool, setting: str) -> Dataset:
+    """The rows with their prompts in the column "prompt"; as conversations if `chat` or if there is a system prompt.
+
+    A column "prompt" that is not the one asked for makes room. Prompts that are conversations already only get the system
+    turn.
+    """
+    if column == "prompt" and system_prompt is None:
+        return rows
+    if column not in rows.column_names:
+        raise InputError(
+            f"prompt_column={column!r}: {setting} has the columns {', '.join(rows.column_names)}. Name one of them."
+        )
+    if column != "prompt":
+        rows = rows.remove_columns([name for name in rows.column_names if name == "prompt"])
+        rows = rows.rename_column(column, "prompt")
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    if not system and not chat:
+        return rows
+
+    def conversation(prompt: Any) -> Any:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [*system, *turns] if turns else turns  # an empty one is reported with its row by the trainer
+
+    return rows.map(
+        lambda row: {"prompt": conversation(row["prompt"])}, remove_columns=["prompt"], desc=f"prompts of {setting}"
+    )
+
+
 def before_answer(messages: Any) -> Any:
     """The messages up to a final assistant turn, all of them if there is none."""
     if not isinstance(messages, list) or text_problem(messages) or messages[-1]["role"] != "assistant":
