@@ -15,7 +15,7 @@ from gym_baselines.api import A2C, PPO, TRPO, PPOPenalty, Reinforce
 from gym_baselines.callbacks import Evaluate, SaveEvery, StopAfter, StopAtReturn
 from gym_baselines.collect import Collector
 from gym_baselines.config import TrainConfig
-from gym_baselines.environments import EnvironmentConfig
+from gym_baselines.envs.environments import EnvironmentConfig
 from gym_baselines.evaluate import Evaluation, evaluate
 from gym_baselines.networks import ActorCritic, NetworkConfig
 from gym_baselines.presets import PRESETS, preset

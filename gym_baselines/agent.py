@@ -15,9 +15,9 @@ from gymnasium.spaces import Box, Discrete
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from gym_baselines.environments import EnvironmentConfig
+from gym_baselines.envs.environments import EnvironmentConfig
+from gym_baselines.envs.spaces import space_from_json, space_to_json
 from gym_baselines.networks import ActorCritic, Features, NetworkConfig
-from gym_baselines.spaces import space_from_json, space_to_json
 from rlhf.core.random import EVALUATION, uniform
 from rlhf.errors import InputError
 

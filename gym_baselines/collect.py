@@ -21,8 +21,8 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
+from gym_baselines.envs.vector import action_masks, autoreset_mode, finished_games, reports_games
 from gym_baselines.record import Record, Segment
-from gym_baselines.vector import action_masks, autoreset_mode, finished_games, reports_games
 from rlhf.core.masking import AllSum, local_sum
 from rlhf.core.random import ACTIONS, uniform
 from rlhf.errors import TrainingError

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from gym_baselines.environments import EnvironmentConfig
+from gym_baselines.envs.environments import EnvironmentConfig
 from gym_baselines.networks import NetworkConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.trpo import TrustRegionConfig

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from gym_baselines.agent import Agent, allows_something
-from gym_baselines.environments import EVALUATION as FOR_EVALUATION
-from gym_baselines.environments import EnvFactory, EnvironmentConfig, SeededResets, make_env
+from gym_baselines.envs.environments import EVALUATION as FOR_EVALUATION
+from gym_baselines.envs.environments import EnvFactory, EnvironmentConfig, SeededResets, make_env
+from gym_baselines.envs.spaces import are_alike
 from gym_baselines.networks import ActorCritic
-from gym_baselines.spaces import are_alike
 from rlhf.core.random import EVALUATION, uniform
 from rlhf.errors import InputError, TrainingError
 

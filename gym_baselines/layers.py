@@ -9,7 +9,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from gym_baselines.spaces import image_channels
+from gym_baselines.envs.spaces import image_channels
 from rlhf.core.masking import AllSum, local_sum
 from rlhf.errors import InputError
 

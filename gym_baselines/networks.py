@@ -12,8 +12,8 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from gym_baselines.envs.spaces import action_family, check_spaces_supported, image_channels
 from gym_baselines.layers import NatureCNN, Normalizer, hidden_layers, mlp
-from gym_baselines.spaces import action_family, check_spaces_supported, image_channels
 from rlhf.core.distributions import MASKED_LOGIT, Categorical, MultiCategorical, SquashedGaussian
 from rlhf.errors import InputError, check_types
 from rlhf.types import Inputs, PolicyOutputs

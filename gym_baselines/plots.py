@@ -10,8 +10,8 @@ from types import ModuleType
 
 from gym_baselines.figures import clip_objective, gae_lambda, penalty, step_size, vector_envs
 from gym_baselines.figures.style import save
-from gym_baselines.jobs import run_jobs
-from gym_baselines.measure import write_json
+from gym_baselines.measuring.jobs import run_jobs
+from gym_baselines.measuring.measure import write_json
 from rlhf.cli import parse
 from rlhf.errors import InputError
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gym_baselines.collect import Collector
+from gym_baselines.envs.vector import replay, replay_records, replays
 from gym_baselines.normalize import RewardScale
 from gym_baselines.record import Segment
-from gym_baselines.vector import replay, replay_records, replays
 
 Rows = dict[int, dict[str, Any]]
 """Global row index -> its arrays and numbers by name."""

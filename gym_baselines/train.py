@@ -14,14 +14,14 @@ from torch.optim import Adam, Optimizer, RMSprop
 from gym_baselines.agent import AGENT_FILE, EVALUATION_FILE, WEIGHTS_FILE, Agent, describe
 from gym_baselines.collect import Collector, Rollout
 from gym_baselines.config import TrainConfig
-from gym_baselines.environments import EnvFactory, check_environment, make_vector_env
+from gym_baselines.envs.environments import EnvFactory, check_environment, make_vector_env
+from gym_baselines.envs.spaces import are_alike
 from gym_baselines.evaluate import evaluate
 from gym_baselines.interrupts import deferred_interrupts
 from gym_baselines.networks import ActorCritic
 from gym_baselines.normalize import RewardScale
 from gym_baselines.report import Report
 from gym_baselines.restore import from_checkpoint, restore_rows, row_states, to_checkpoint
-from gym_baselines.spaces import are_alike
 from rlhf.algorithms.ppo import PPO
 from rlhf.algorithms.trpo import TRPO
 from rlhf.checkpoint import Checkpoint, RunDirectory

@@ -6,7 +6,7 @@ from pathlib import Path
 import gymnasium as gym
 
 from gym_baselines.agent import Agent
-from gym_baselines.environments import EVALUATION, make_env
+from gym_baselines.envs.environments import EVALUATION, make_env
 from rlhf.errors import InputError
 
 

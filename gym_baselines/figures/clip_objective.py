@@ -8,7 +8,7 @@ import torch
 
 from gym_baselines.figures.settings import FigureConfig
 from gym_baselines.figures.style import COLOURS, new_figure, tidy
-from gym_baselines.jobs import Job
+from gym_baselines.measuring.jobs import Job
 from rlhf.core.losses import clipped_surrogate
 from rlhf.errors import InputError
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gym_baselines.meter import RunSpec
+from gym_baselines.measuring.meter import RunSpec
 from rlhf.errors import InputError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gym_baselines.figures.settings import TrainedFigureConfig
 from gym_baselines.figures.style import COLOURS, band, new_figure, seeds_text, steps_text, tidy
-from gym_baselines.jobs import Job
+from gym_baselines.measuring.jobs import Job
 from rlhf.errors import InputError
 
 SURROGATES = ("clipped", "unclipped")

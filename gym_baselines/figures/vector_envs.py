@@ -9,7 +9,7 @@ import numpy as np
 from gym_baselines.figures.curves import evaluation_points
 from gym_baselines.figures.settings import TrainedFigureConfig
 from gym_baselines.figures.style import COLOURS, at_grid, band, common_grid, new_figure, seeds_text, steps_text, tidy
-from gym_baselines.jobs import Job
+from gym_baselines.measuring.jobs import Job
 from rlhf.errors import InputError
 
 

@@ -7,7 +7,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from gym_baselines.collect import Collector
-from gym_baselines.environments import make_vector_env
+from gym_baselines.envs.environments import make_vector_env
 from rlhf.core.distributions import Categorical
 from rlhf.types import PolicyOutputs
 

@@ -6,7 +6,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 
-from gym_baselines import jobs, measure
+from gym_baselines.measuring import jobs, measure
 
 
 def result(means, *, every=1000, cpu_s=1.0, kls=(), series=None, last=(0.0, 1.0), peak_mib=100, wall_s=2.0):

@@ -11,9 +11,9 @@ from torch import nn
 
 from gym_baselines.agent import AGENT_FILE, WEIGHTS_FILE, Agent, describe
 from gym_baselines.config import TrainConfig
-from gym_baselines.environments import EnvironmentConfig
+from gym_baselines.envs.environments import EnvironmentConfig
+from gym_baselines.envs.spaces import are_alike, space_from_json, space_to_json
 from gym_baselines.networks import ActorCritic, NetworkConfig
-from gym_baselines.spaces import are_alike, space_from_json, space_to_json
 from rlhf.errors import InputError
 
 VECTOR = Box(-np.inf, np.inf, (4,), np.float32)

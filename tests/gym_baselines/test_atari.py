@@ -9,8 +9,8 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 from gymnasium.wrappers import TransformReward
 
-from gym_baselines.atari import EpisodicLife, FireReset, GameReturns, SeededGame, prepare_atari, sign
-from gym_baselines.environments import (
+from gym_baselines.envs.atari import EpisodicLife, FireReset, GameReturns, SeededGame, prepare_atari, sign
+from gym_baselines.envs.environments import (
     EVALUATION,
     TRAINING,
     EnvironmentConfig,
@@ -22,7 +22,7 @@ from gym_baselines.environments import (
     replay_records,
     reports_games,
 )
-from gym_baselines.vector import AUTORESET_MODES
+from gym_baselines.envs.vector import AUTORESET_MODES
 from rlhf.errors import InputError
 from tests.controls import refute
 

@@ -7,7 +7,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import SyncVectorEnv
 
 from gym_baselines.collect import Collector
-from gym_baselines.environments import EVALUATION, make_env, make_vector_env
+from gym_baselines.envs.environments import EVALUATION, make_env, make_vector_env
 from gym_baselines.networks import ActorCritic, NetworkConfig
 from rlhf.errors import InputError, TrainingError
 from tests.gym_baselines.environments import Clock, Oracle, clocks, transitions

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from gym_baselines.__main__ import main
-from gym_baselines.compare import CompareConfig, compare, jobs_of, threshold_of
-from gym_baselines.environments import EVALUATION, EnvironmentConfig, make_env
+from gym_baselines.envs.environments import EVALUATION, EnvironmentConfig, make_env
 from gym_baselines.figures.tables import count_lines, markdown, measured_table, plain, quoted_table, summarize
-from gym_baselines.jobs import Job, run_jobs
-from gym_baselines.lines_of_code import executed_lines
-from gym_baselines.measure import config_of, key_of
-from gym_baselines.meter import Meter, RunSpec, Stopwatch, peak_memory_bytes
+from gym_baselines.measuring.compare import CompareConfig, compare, jobs_of, threshold_of
+from gym_baselines.measuring.jobs import Job, run_jobs
+from gym_baselines.measuring.lines_of_code import executed_lines
+from gym_baselines.measuring.measure import config_of, key_of
+from gym_baselines.measuring.meter import Meter, RunSpec, Stopwatch, peak_memory_bytes
 from rlhf.cli import parse
 from rlhf.core.distributions import Categorical
 from rlhf.errors import InputError, TrainingError
@@ -239,7 +239,7 @@ def test_results_of_other_settings_are_never_mixed_in(tmp_path, monkeypatch):
 
 
 CHILD = """#!/bin/sh
-# stands in for python: -m gym_baselines.measure TASK SPEC PATH
+# stands in for python: -m gym_baselines.measuring.measure TASK SPEC PATH
 echo "a line that some library printed"
 echo '{"steps": 150, "mean": 3.0}'
 case "$4" in
@@ -352,7 +352,7 @@ def test_compare_writes_curves_tables_and_numbers(tmp_path, monkeypatch, capsys)
 
 
 def test_a_peer_is_evaluated_from_the_start_states_that_our_own_evaluation_uses():
-    from gym_baselines.peers import PeerPlayer
+    from gym_baselines.measuring.peers import PeerPlayer
 
     model = SimpleNamespace(
         get_vec_normalize_env=lambda: None,
@@ -373,7 +373,7 @@ def test_a_peer_is_evaluated_from_the_start_states_that_our_own_evaluation_uses(
 @pytest.mark.parametrize(("algorithm", "env"), [("sb3_a2c", "CartPole-v1"), ("sb3_ppo", "Pendulum-v1")])
 def test_the_kl_of_a_peers_policies_is_exact(algorithm, env):
     pytest.importorskip("stable_baselines3")
-    from gym_baselines.peers import PeerPlayer, build
+    from gym_baselines.measuring.peers import PeerPlayer, build
 
     player = PeerPlayer(build(spec(algorithm=algorithm, env=env)), env)
     space = make_env(env, seed=0, row=0).observation_space
@@ -394,8 +394,8 @@ def test_the_kl_of_a_peers_policies_is_exact(algorithm, env):
 
 def test_rl_zoos_settings_build_their_models():
     pytest.importorskip("sb3_contrib")
-    from gym_baselines.peers import build
-    from gym_baselines.zoo import ZOO
+    from gym_baselines.measuring.peers import build
+    from gym_baselines.measuring.zoo import ZOO
 
     for (algorithm, env), settings in ZOO.items():
         try:

@@ -10,10 +10,10 @@ import pytest
 
 from gym_baselines import A2C, PPO, TRPO, PPOPenalty, Reinforce
 from gym_baselines.config import ALIASES, TrainConfig, flat_settings, with_settings
-from gym_baselines.environments import EnvironmentConfig
+from gym_baselines.envs.environments import EnvironmentConfig
+from gym_baselines.measuring.zoo import ZOO
 from gym_baselines.networks import NetworkConfig
 from gym_baselines.presets import ALGORITHMS, PRESETS, is_tuned, preset
-from gym_baselines.zoo import ZOO
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.trpo import TrustRegionConfig
 from rlhf.cli import from_plain

@@ -9,7 +9,7 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from gym_baselines.environments import (
+from gym_baselines.envs.environments import (
     EVALUATION,
     EnvironmentConfig,
     action_masks,

@@ -10,8 +10,8 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 from gym_baselines.agent import Agent
-from gym_baselines.atari import EpisodicLife, FireReset, GameReturns
-from gym_baselines.environments import EnvironmentConfig, make_env
+from gym_baselines.envs.atari import EpisodicLife, FireReset, GameReturns
+from gym_baselines.envs.environments import EnvironmentConfig, make_env
 from gym_baselines.evaluate import Evaluation, evaluate
 from gym_baselines.networks import ActorCritic, NetworkConfig
 from rlhf.errors import InputError, TrainingError

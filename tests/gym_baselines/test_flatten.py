@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gym_baselines.collect import Collector
-from gym_baselines.environments import make_vector_env
+from gym_baselines.envs.environments import make_vector_env
 from gym_baselines.networks import ActorCritic
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.masking import local_sum

@@ -9,9 +9,9 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 from torch import nn
 from torch.nn.functional import conv2d, linear
 
+from gym_baselines.envs.spaces import check_spaces_supported
 from gym_baselines.layers import Normalizer
 from gym_baselines.networks import ActorCritic, NetworkConfig
-from gym_baselines.spaces import check_spaces_supported
 from rlhf.core.distributions import MASKED_LOGIT
 from rlhf.core.masking import local_sum
 from rlhf.errors import InputError

@@ -8,7 +8,7 @@ import pytest
 from gym_baselines.__main__ import main
 from gym_baselines.figures import clip_objective, gae_lambda
 from gym_baselines.figures.style import at_grid, common_grid, steps_text
-from gym_baselines.measure import config_of
+from gym_baselines.measuring.measure import config_of
 from gym_baselines.plots import FIGURES, plot
 from rlhf.errors import InputError
 from tests.controls import refute

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import VectorWrapper
 
 from gym_baselines.collect import Collector
-from gym_baselines.vector import as_vector_env
+from gym_baselines.envs.vector import as_vector_env
 from rlhf.core.advantages import gae
 from tests.broken import gae_counts_what_is_masked, gae_ignores_episode_ends, gae_takes_truncation_for_termination
 from tests.controls import refute

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gym_baselines.environments import EVALUATION, EnvironmentConfig, make_env
+from gym_baselines.envs.environments import EVALUATION, EnvironmentConfig, make_env
 
 PROBE_ENVS, PROBE_STEPS, PROBE_STRIDE = 8, 128, 4
 """The states on which an update's KL is measured: every 4th of 128 steps of 8 environments, 256 in all."""

@@ -1,4 +1,6 @@
-"""One measured training run in a process of its own: `python -m gym_baselines.measure run|lines SPEC_JSON RESULT_FILE`.
+"""One measured training run, in a process of its own: `python -m gym_baselines.measuring.measure TASK SPEC_JSON RESULT`.
+
+TASK is run or lines.
 
 `compare` and `plot` start one such process per run, so that CPU seconds and peak memory belong to that run alone. The
 result is one JSON file.
@@ -18,8 +20,8 @@ import torch
 from gym_baselines.agent import Agent, describe
 from gym_baselines.config import TrainConfig
 from gym_baselines.evaluate import evaluate
-from gym_baselines.lines_of_code import executed_lines
-from gym_baselines.meter import Meter, RunSpec
+from gym_baselines.measuring.lines_of_code import executed_lines
+from gym_baselines.measuring.meter import Meter, RunSpec
 from gym_baselines.presets import preset
 from gym_baselines.train import train
 from rlhf.cli import guard
@@ -66,7 +68,7 @@ def config_of(spec: RunSpec, *, keep_steps: bool = False) -> TrainConfig:
 def key_of(spec: RunSpec) -> dict[str, Any]:
     """What a stored result must agree on to be used again: the spec, and every setting that it comes to today."""
     if spec.algorithm.startswith(PEER_PREFIX):
-        from gym_baselines.peers import settings_of
+        from gym_baselines.measuring.peers import settings_of
 
         settings = settings_of(spec)
     else:
@@ -78,7 +80,7 @@ def measured_run(spec: RunSpec) -> dict[str, Any]:
     """Train as `spec` says; the numbers, as JSON values."""
     warm_up()
     if spec.algorithm.startswith(PEER_PREFIX):
-        from gym_baselines.peers import measured_peer
+        from gym_baselines.measuring.peers import measured_peer
 
         return measured_peer(spec, Meter(spec))
     config, meter = config_of(spec), Meter(spec)
@@ -101,7 +103,7 @@ def measured_lines(spec: RunSpec) -> dict[str, Any]:
     """Lines of the library that a short training run executes: "lines" is file -> numbers. See lines_of_code.py."""
     warm_up()
     if spec.algorithm.startswith(PEER_PREFIX):
-        from gym_baselines.peers import peer_lines
+        from gym_baselines.measuring.peers import peer_lines
 
         lines = peer_lines(spec)
     else:

@@ -10,12 +10,12 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FrameStackObservation, TimeLimit
 
-from gym_baselines.atari import prepare_atari
-from gym_baselines.making import EnvFactory, flatten, make_by, make_registered
-from gym_baselines.pool import is_pool, make_pool
-from gym_baselines.resets import EVALUATION, TRAINING, SeededResets, start_seeds
-from gym_baselines.spaces import action_family, check_spaces_supported
-from gym_baselines.vector import (
+from gym_baselines.envs.atari import prepare_atari
+from gym_baselines.envs.making import EnvFactory, flatten, make_by, make_registered
+from gym_baselines.envs.pool import is_pool, make_pool
+from gym_baselines.envs.resets import EVALUATION, TRAINING, SeededResets, start_seeds
+from gym_baselines.envs.spaces import action_family, check_spaces_supported
+from gym_baselines.envs.vector import (
     AUTORESET_MODES,
     action_masks,
     as_vector_env,

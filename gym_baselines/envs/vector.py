@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
-from gym_baselines.pool import EnvPoolVectorEnv, is_pool
-from gym_baselines.resets import start_seeds
+from gym_baselines.envs.pool import EnvPoolVectorEnv, is_pool
+from gym_baselines.envs.resets import start_seeds
 from rlhf.errors import InputError, TrainingError
 
 AUTORESET_MODES = {

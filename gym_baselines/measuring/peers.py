@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from gym_baselines.environments import EVALUATION, EnvironmentConfig, make_env
-from gym_baselines.lines_of_code import executed_lines
-from gym_baselines.meter import Meter, RunSpec
-from gym_baselines.zoo import ZOO
+from gym_baselines.envs.environments import EVALUATION, EnvironmentConfig, make_env
+from gym_baselines.measuring.lines_of_code import executed_lines
+from gym_baselines.measuring.meter import Meter, RunSpec
+from gym_baselines.measuring.zoo import ZOO
 from rlhf.errors import InputError
 
 ALGORITHMS = {

@@ -15,13 +15,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gym_baselines.measure import key_of
-from gym_baselines.meter import RunSpec
+from gym_baselines.measuring.measure import key_of
+from gym_baselines.measuring.meter import RunSpec
 from rlhf.errors import InputError, TrainingError
 
 RUNS_FOLDER = "runs"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-PACKAGE_PARENT = str(Path(__file__).resolve().parents[1])
+PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,14 @@ def _differences(wanted: Any, stored: Any, name: str) -> list[str]:
 def _run(job: Job, folder: Path, bar: tqdm, children: list[subprocess.Popen[str]]) -> None:
     """One child process; its progress lines move the bar."""
     path = folder / f"{job.name}.json"
-    command = [sys.executable, "-m", "gym_baselines.measure", job.task, json.dumps(asdict(job.spec)), str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "gym_baselines.measuring.measure",
+        job.task,
+        json.dumps(asdict(job.spec)),
+        str(path),
+    ]
     paths = os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
     child = subprocess.Popen(
         command,

@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from gym_baselines.environments import make_env
+from gym_baselines.envs.environments import make_env
 from gym_baselines.figures.curves import draw_curves
 from gym_baselines.figures.style import save
 from gym_baselines.figures.tables import (
@@ -24,11 +24,11 @@ from gym_baselines.figures.tables import (
     quoted_table,
     summarize,
 )
-from gym_baselines.jobs import Job, run_jobs
-from gym_baselines.measure import PEER_PREFIX, preset_steps, write_json
-from gym_baselines.meter import RunSpec
-from gym_baselines.peers import ALGORITHMS as PEERS
-from gym_baselines.peers import default_steps, measures_kl, require
+from gym_baselines.measuring.jobs import Job, run_jobs
+from gym_baselines.measuring.measure import PEER_PREFIX, preset_steps, write_json
+from gym_baselines.measuring.meter import RunSpec
+from gym_baselines.measuring.peers import ALGORITHMS as PEERS
+from gym_baselines.measuring.peers import default_steps, measures_kl, require
 from rlhf.cli import parse
 from rlhf.errors import InputError
 

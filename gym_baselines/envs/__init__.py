@@ -1,0 +1,1 @@
+"""Environments: made, checked, seeded and stepped; their spaces."""
