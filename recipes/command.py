@@ -35,14 +35,15 @@ class UserRun:
     eval_dataset: str | None = None
     """Held-out prompts."""
     dataset_split: str = "train"
-    """Part of `dataset` to train on, if it is a directory or hub data set; also a slice, such as train[:1000]."""
+    """Part of `dataset` to train on; also a slice, such as train[:1000]."""
     eval_split: str = "train"
     """Part of `eval_dataset` to evaluate on."""
     prompt_column: str = "prompt"
     """Column that holds the prompts. Under another name than "prompt", texts become a user's turn if the tokenizer has a
-    chat template. The other columns reach the reward functions."""
+    chat template, and conversations lose a final assistant turn. The other columns reach the reward functions."""
     system_prompt: str | None = None
-    """System turn before each prompt, which makes it a conversation: the tokenizer needs a chat template."""
+    """System turn before each prompt (in place of its own), which makes it a conversation: the tokenizer needs a chat
+    template."""
     reward_model: str | None = None
     """Sequence classifier with one label, a directory or hub name."""
     reward: list[str] = field(default_factory=list)

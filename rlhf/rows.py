@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
 from rlhf.errors import InputError
 from rlhf.tokenization import clean, excerpt, text_problem
@@ -55,19 +55,27 @@ def _load_file(path: Path, split: str, where: str) -> Dataset:
         raise InputError(f"{where} has the unknown file type {path.suffix!r}. Use one of {', '.join(FILE_TYPES)}.")
     if path.stat().st_size == 0:
         raise InputError(f"{where} is an empty file. Give a data set with at least one row.")
-    part = re.match(r"\w+", split)
-    return load_dataset(FILE_TYPES[path.suffix], data_files={part[0] if part else "train": str(path)}, split=split)
+    return load_dataset(FILE_TYPES[path.suffix], data_files={_part_name(split): str(path)}, split=split)
 
 
 def _load_directory(path: Path, split: str, where: str) -> Dataset:
     if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         return load_dataset(str(path), split=split)
-    loaded = load_from_disk(str(path))
-    if not isinstance(loaded, DatasetDict):
+    loaded, part = load_from_disk(str(path)), _part_name(split)
+    if isinstance(loaded, DatasetDict):
+        if part not in loaded:
+            raise InputError(f"{where} has no split {split!r}. It has {', '.join(loaded)}: choose one of these.")
+        loaded = loaded[part]
+    if split == part:
         return loaded
-    if split not in loaded:
-        raise InputError(f"{where} has no split {split!r}. It has {', '.join(loaded)}: choose one of these.")
-    return loaded[split]
+    pieces = ReadInstruction.from_spec(split).to_absolute({part: len(loaded)})
+    return loaded.select([row for piece in pieces for row in range(piece.from_, piece.to)])
+
+
+def _part_name(split: str) -> str:
+    """ "train" of "train[:100]"."""
+    found = re.match(r"\w+", split)
+    return found[0] if found else "train"
 
 
 def _load_from_hub(name: str, split: str, where: str) -> Dataset:
@@ -132,11 +140,13 @@ def prompt_reader(columns: Sequence[str], setting: str) -> tuple[str | None, Cal
 def prompt_rows(rows: Dataset, column: str, system_prompt: str | None, *, chat: bool, setting: str) -> Dataset:
     """The rows with their prompts in the column "prompt"; as conversations if `chat` or if there is a system prompt.
 
-    A column "prompt" that is not the one asked for makes room. Prompts that are conversations already only get the system
-    turn.
+    column: where they are; "prompt" also finds "messages". One of another name makes room for it, and loses a final
+    assistant turn, which is an answer. system_prompt: takes the place of a system turn that is there.
     """
     if column == "prompt" and system_prompt is None:
         return rows
+    if column == "prompt" and "prompt" not in rows.column_names and "messages" in rows.column_names:
+        column = "messages"
     if column not in rows.column_names:
         raise InputError(
             f"prompt_column={column!r}: {setting} has the columns {', '.join(rows.column_names)}. Name one of them."
@@ -145,15 +155,19 @@ def prompt_rows(rows: Dataset, column: str, system_prompt: str | None, *, chat: 
         rows = rows.remove_columns([name for name in rows.column_names if name == "prompt"])
         rows = rows.rename_column(column, "prompt")
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    if not system and not chat:
-        return rows
 
-    def conversation(prompt: Any) -> Any:
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return [*system, *turns] if turns else turns  # an empty one is reported with its row by the trainer
+    def prompt_of(given: Any) -> Any:
+        if isinstance(given, str):
+            turns = [{"role": "user", "content": given}] if system or chat else given
+        else:
+            turns = given if column == "prompt" else before_answer(given)
+        if not isinstance(turns, list) or not turns:
+            return turns  # the trainer reports an empty prompt with its row
+        has_system = isinstance(turns[0], dict) and turns[0].get("role") == "system"
+        return [*system, *turns[1:]] if system and has_system else [*system, *turns]
 
     return rows.map(
-        lambda row: {"prompt": conversation(row["prompt"])}, remove_columns=["prompt"], desc=f"prompts of {setting}"
+        lambda row: {"prompt": prompt_of(clean(row["prompt"]))}, remove_columns=["prompt"], desc=f"prompts of {setting}"
     )
 
 

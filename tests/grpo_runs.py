@@ -72,7 +72,7 @@ def make_trainer(
 
 
 def make_whole(output_dir, **changes):
-    """The run that is interrupted below: with evaluations too."""
+    """The run that tests/test_grpo_resume.py interrupts: with evaluations too."""
     return make_trainer(output_dir, **{"eval_dataset": tiny.rows(["abc", "hh"]), "eval_every": 2, **changes})
 
 

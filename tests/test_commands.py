@@ -46,7 +46,8 @@ def test_a_built_wheel_installs_and_imports(tmp_path):
     run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT)
     (wheel,) = tmp_path.glob("rlhf_toolkit-*.whl")
     run("-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel)
-    code = "import rlhf, gym_baselines, rlhf.core.losses; print(rlhf.__file__); from rlhf import PPOTrainer"
+    code = "import rlhf.core.losses, gym_baselines.envs.environments, gym_baselines.measuring.compare; "
+    code += "print(rlhf.__file__); from rlhf import PPOTrainer"
     where = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert str(tmp_path / "site") in where
 

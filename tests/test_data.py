@@ -77,6 +77,7 @@ def test_rows_are_read_from_every_kind_of_path(tmp_path, kind):
         (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         (path / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     assert load_rows(path).to_list() == ROWS
+    assert load_rows(path, "train[1:]").to_list() == ROWS[1:]
     if kind in ("saved splits", "directory"):
         assert load_rows(str(path), "test").to_list() == ROWS[:1]
 

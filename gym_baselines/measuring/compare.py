@@ -29,6 +29,8 @@ from gym_baselines.measuring.measure import PEER_PREFIX, preset_steps, write_jso
 from gym_baselines.measuring.meter import RunSpec
 from gym_baselines.measuring.peers import ALGORITHMS as PEERS
 from gym_baselines.measuring.peers import default_steps, measures_kl, require
+from gym_baselines.measuring.zoo import ZOO
+from gym_baselines.presets import is_tuned
 from rlhf.cli import parse
 from rlhf.errors import InputError
 
@@ -148,6 +150,10 @@ def _preset_steps(env: str, algorithm: str) -> int:
     return default_steps(algorithm, env) if algorithm in PEERS else preset_steps(env, algorithm)
 
 
+def _is_tuned(env: str, algorithm: str) -> bool:
+    return (algorithm, env) in ZOO if algorithm in PEERS else is_tuned(env, algorithm)
+
+
 def library(algorithm: str) -> str:
     return "Stable-Baselines3" if algorithm.startswith(PEER_PREFIX) else "gym_baselines"
 
@@ -181,9 +187,11 @@ def as_json(summary: Summary) -> dict[str, Any]:
 
 def footnotes(config: CompareConfig, threshold: float | None) -> str:
     goal = "the threshold" if threshold is None else f"{threshold:g}"
+    general = [name for name in config.algorithms if not _is_tuned(config.env, name)]
+    untuned = f" (without one, at general settings: {', '.join(general)})" if general else ""
     lines = [
-        f"{config.env}, seeds 0..{config.seeds - 1}, each algorithm at its own preset; every number is a median over the "
-        "seeds unless it says otherwise.",
+        f"{config.env}, seeds 0..{config.seeds - 1}, each algorithm at its own preset{untuned}; every number is a median "
+        "over the seeds unless it says otherwise.",
         f"Final return: {config.final_episodes} greedy episodes after training. In the second table, best - final is how "
         "far the last evaluation lies below the best one.",
         f"Steps and CPU seconds to {goal}: at the first of the evaluations ({config.eval_episodes} greedy episodes every "

@@ -26,7 +26,7 @@ ALGORITHMS = {
 }
 """Name in `compare` -> (package, class)."""
 
-ACTIONS = {"sb3_dqn": Discrete, "sb3_sac": Box}
+ACTIONS = {"sb3_dqn": (Discrete,), "sb3_sac": (Box,)}
 """What is needed by those that do not take every action space."""
 
 PACKAGES = {"stable_baselines3": "stable-baselines3", "sb3_contrib": "sb3-contrib"}
@@ -53,13 +53,14 @@ def require(algorithm: str, env: str) -> None:
 def _check_spaces(algorithm: str, env: str) -> None:
     with closing(make_env(env, seed=0, row=0)) as single:
         observations, actions = single.observation_space, single.action_space
-    if len(observations.shape or ()) > 1:
+    if not isinstance(observations, Box | Discrete) or len(observations.shape) > 1:
         raise InputError(
-            f"algorithms: {algorithm} is compared on observations that are vectors, {env} has {observations}."
+            f"algorithms: {algorithm} is compared on observations that are vectors, {env} has {observations}: leave it out."
         )
-    wanted = ACTIONS.get(algorithm)
-    if wanted is not None and not isinstance(actions, wanted):
-        raise InputError(f"algorithms: {algorithm} needs {wanted.__name__} actions, {env} has {actions}: leave it out.")
+    wanted = ACTIONS.get(algorithm, (Discrete, Box))
+    if not isinstance(actions, wanted):
+        names = " or ".join(kind.__name__ for kind in wanted)
+        raise InputError(f"algorithms: {algorithm} needs {names} actions, {env} has {actions}: leave it out.")
 
 
 def measures_kl(algorithm: str) -> bool:

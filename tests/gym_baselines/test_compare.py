@@ -287,6 +287,7 @@ def test_a_run_in_its_own_process_is_measured(tmp_path):
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"env": "CartPol-v1"}, "Did you mean 'CartPole"),
         ({"env": "Pendulum-v1", "algorithms": ["sb3_dqn"]}, "sb3_dqn needs Discrete actions, Pendulum-v1 has Box"),
+        ({"env": "Blackjack-v1", "algorithms": ["sb3_ppo"]}, "sb3_ppo is compared on observations that are vectors"),
         ({"algorithms": ["sb3_sac"]}, "sb3_sac needs Box actions, CartPole-v1 has Discrete"),
     ],
 )

@@ -40,6 +40,23 @@ def test_a_system_prompt_makes_a_conversation_of_texts_and_precedes_conversation
     }
 
 
+ANSWERED = Dataset.from_list([{"messages": [SYSTEM, user("1 + 1?"), {"role": "assistant", "content": "2"}]}])
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_the_answer_of_a_conversation_never_gets_into_the_prompt_and_there_is_one_system_turn(column):
+    (row,) = prompt_rows(ANSWERED, column, "Think twice.", chat=True, setting="dataset")
+    assert row == {"prompt": [{"role": "system", "content": "Think twice."}, user("1 + 1?")]}
+    if column == "messages":
+        (row,) = prompt_rows(ANSWERED, column, None, chat=True, setting="dataset")
+        assert row == {"prompt": [SYSTEM, user("1 + 1?")]}
+
+
+def test_a_prompt_that_is_nothing_is_left_for_the_trainer_to_report():
+    rows = Dataset.from_list([{"question": None}, {"question": ""}])
+    assert prompt_rows(rows, "question", "Think.", chat=True, setting="dataset")[0] == {"prompt": None}
+
+
 def test_a_prompt_column_is_left_as_it_is_unless_another_one_is_named():
     rows = Dataset.from_list([{"prompt": "old", "question": "new"}])
     assert prompt_rows(rows, "prompt", None, chat=True, setting="dataset").to_list() == rows.to_list()

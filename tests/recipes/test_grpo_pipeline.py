@@ -1,4 +1,4 @@
-"""The GRPO command: columns of hub data sets become prompts, figures are what they are named, and all stages run."""
+"""The GRPO command: figures are what they are named, and all stages run."""
 
 import json
 
