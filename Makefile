@@ -46,9 +46,9 @@ bench: $(READY)
 bench-control: $(READY)
 	$(BIN)/python benchmarks/control_speed.py
 	$(BIN)/python -m gym_baselines compare --env CartPole-v1 --algorithms ppo --seeds 10 --eval_episodes 100
-	$(BIN)/python -m gym_baselines compare --env CartPole-v1 --algorithms ppo_penalty,trpo,sb3_ppo,sb3_trpo,sb3_dqn --output_dir runs/compare-CartPole-v1-100k
-	$(BIN)/python -m gym_baselines compare --env CartPole-v1 --algorithms a2c,reinforce --eval_every 25000 --output_dir runs/compare-CartPole-v1-500k
-	$(BIN)/python -m gym_baselines compare --env Pendulum-v1 --algorithms ppo,sb3_sac --eval_every 10000 --final_episodes 50
+	$(BIN)/python -m gym_baselines compare --env CartPole-v1 --algorithms ppo,ppo_penalty,trpo,a2c,reinforce,sb3_ppo,sb3_dqn --eval_every 10000 --output_dir runs/compare-CartPole-v1-all
+	$(BIN)/python -m gym_baselines compare --env Pendulum-v1 --algorithms ppo --final_episodes 50
+	$(BIN)/python -m gym_baselines compare --env Pendulum-v1 --algorithms ppo,sb3_ppo,sb3_sac --seeds 3 --eval_every 10000 --final_episodes 50 --output_dir runs/compare-Pendulum-v1-all
 	$(BIN)/python -m gym_baselines compare --env LunarLander-v3 --algorithms ppo --eval_every 100000
 	$(BIN)/python -m gym_baselines compare --env Hopper-v5 --algorithms ppo,sb3_ppo --seeds 2 --total_steps 300000 --eval_every 30000
 	$(BIN)/python -m gym_baselines compare --env HalfCheetah-v5 --algorithms ppo,sb3_ppo --seeds 2 --total_steps 300000 --eval_every 30000
