@@ -48,7 +48,7 @@ bench-control: $(READY)
 	$(BIN)/python -m gym_baselines compare --env CartPole-v1 --algorithms ppo --seeds 10 --eval_episodes 100
 	$(BIN)/python -m gym_baselines compare --env CartPole-v1 --algorithms ppo,ppo_penalty,trpo,a2c,reinforce,sb3_ppo,sb3_dqn --eval_every 10000 --output_dir runs/compare-CartPole-v1-all
 	$(BIN)/python -m gym_baselines compare --env Pendulum-v1 --algorithms ppo --final_episodes 50
-	$(BIN)/python -m gym_baselines compare --env Pendulum-v1 --algorithms ppo,sb3_ppo,sb3_sac --seeds 3 --eval_every 10000 --final_episodes 50 --output_dir runs/compare-Pendulum-v1-all
+	$(BIN)/python -m gym_baselines compare --env Pendulum-v1 --algorithms ppo,sb3_ppo,sb3_sac --seeds 2 --eval_every 10000 --final_episodes 50 --output_dir runs/compare-Pendulum-v1-all
 	$(BIN)/python -m gym_baselines compare --env LunarLander-v3 --algorithms ppo --eval_every 100000
 	$(BIN)/python -m gym_baselines compare --env Hopper-v5 --algorithms ppo,sb3_ppo --seeds 2 --total_steps 300000 --eval_every 30000
 	$(BIN)/python -m gym_baselines compare --env HalfCheetah-v5 --algorithms ppo,sb3_ppo --seeds 2 --total_steps 300000 --eval_every 30000
