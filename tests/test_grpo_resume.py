@@ -4,9 +4,6 @@ This file is also the program that gets killed; how it is killed is in tests/tes
 """
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +13,8 @@ from rlhf import Callback, InputError
 from rlhf.metrics import read_metrics
 from tests import test_interruption as interruption
 from tests.grpo_runs import PROMPTS, Recorded, make_trainer, make_whole, shape, verdict
-from tests.test_interruption import STEPS, At, Stopped, break_off, differing, results, run_until_stopped, stop
+from tests.test_interruption import STEPS, Stopped, break_off, differing, results, run_until_stopped, stop
+from tests.tiny import AtStep
 
 # --- interrupted ---
 
@@ -34,7 +32,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 @pytest.mark.parametrize("step", range(STEPS))
 def test_a_run_that_ends_after_any_step_and_resumes_leaves_the_same_bytes(step, action, whole, tmp_path):
     every = 1 if action is stop else 0
-    run_until_stopped(make_whole(tmp_path, callbacks=[At(step, action)], checkpoint_every=every))
+    run_until_stopped(make_whole(tmp_path, callbacks=[AtStep(step, action)], checkpoint_every=every))
     assert (tmp_path / "checkpoints" / f"step-{step + 1:06d}").is_dir()
     make_whole(tmp_path).train(resume=True)
     assert differing(results(tmp_path), whole) == []
@@ -89,7 +87,7 @@ class Forget(Callback):
 def test_the_comparison_notices_a_lost_data_cursor(whole, tmp_path):
     seen = [json.loads(line)["prompts_seen"] for line in whole["metrics.jsonl"].splitlines()]
     assert seen[1] != 6
-    make_whole(tmp_path, callbacks=[At(1, stop)]).train()
+    make_whole(tmp_path, callbacks=[AtStep(1, stop)]).train()
     make_whole(tmp_path, callbacks=[Forget()]).train(resume=True)
     assert "metrics.jsonl" in differing(results(tmp_path), whole)
 
@@ -103,7 +101,7 @@ def test_prompts_go_on_where_the_interrupted_run_was_and_none_comes_twice_in_an_
     for start in range(0, len(drawn) - len(PROMPTS) + 1, len(PROMPTS)):
         assert sorted(drawn[start : start + len(PROMPTS)]) == sorted(PROMPTS)
     halves = [Recorded(), Recorded()]
-    make_trainer(tmp_path / "halves", rewards=(halves[0],), callbacks=[At(1, stop)]).train()
+    make_trainer(tmp_path / "halves", rewards=(halves[0],), callbacks=[AtStep(1, stop)]).train()
     make_trainer(tmp_path / "halves", rewards=(halves[1],)).train(resume=True)
     assert len(halves[0].rows) == 4 * seen[1]
     assert halves[0].rows + halves[1].rows == calls.rows
@@ -115,26 +113,13 @@ def main(out: Path, kills: int) -> None:
     interruption.main(out, kills)
 
 
-def killed_and_resumed(out: Path, kills: int, whole: dict[str, bytes]) -> None:
-    command = [sys.executable, "-m", "tests.test_grpo_resume", str(out), str(kills)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == kills and {line["killed"] for line in lines} == {signal.SIGKILL}
-    for kill, line in enumerate(lines):
-        assert line["resumed"] == 0, (line, done.stderr[-4000:])
-        assert differing(results(out / f"killed-{kill}"), whole) == [], line
-
-
 def test_a_run_killed_at_four_places_and_resumed_leaves_the_same_bytes(whole, tmp_path):
-    killed_and_resumed(tmp_path, 4, whole)
+    interruption.killed_and_resumed("tests.test_grpo_resume", tmp_path, 4, whole)
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_forty_places_and_resumed_leaves_the_same_bytes(whole, tmp_path):
-    killed_and_resumed(tmp_path, 40, whole)
+    interruption.killed_and_resumed("tests.test_grpo_resume", tmp_path, 40, whole)
 
 
 if __name__ == "__main__":

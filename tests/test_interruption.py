@@ -19,6 +19,7 @@ import rlhf
 from rlhf import Callback, InputError
 from rlhf import trainer as trainer_module
 from tests import tiny
+from tests.tiny import AtStep
 
 STEPS = 4
 
@@ -62,17 +63,6 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     return results(out)
 
 
-class At(Callback):
-    """Does something when a step has ended."""
-
-    def __init__(self, step: int, action) -> None:
-        self.step, self.action = step, action
-
-    def on_step_end(self, trainer, step, metrics):
-        if step == self.step:
-            self.action(trainer)
-
-
 class Stopped(BaseException):
     """Neither an error nor Ctrl-C: nothing but the run's own clean-up sees it."""
 
@@ -102,7 +92,7 @@ def run_until_stopped(trainer) -> None:
 def test_a_run_that_ends_after_any_step_and_resumes_leaves_the_same_bytes(step, action, whole, tmp_path):
     """The first half saves every step, or (when it breaks off) only what the run saves as it goes down."""
     every = 1 if action is stop else 0
-    run_until_stopped(make_trainer(tmp_path, callbacks=[At(step, action)], checkpoint_every=every))
+    run_until_stopped(make_trainer(tmp_path, callbacks=[AtStep(step, action)], checkpoint_every=every))
     assert (tmp_path / "checkpoints" / f"step-{step + 1:06d}").is_dir()
     make_trainer(tmp_path).train(resume=True)
     assert differing(results(tmp_path), whole) == []
@@ -110,7 +100,7 @@ def test_a_run_that_ends_after_any_step_and_resumes_leaves_the_same_bytes(step, 
 
 def test_a_run_stopped_after_every_single_step_leaves_the_same_bytes(whole, tmp_path):
     for step in range(STEPS):
-        make_trainer(tmp_path, callbacks=[At(step, stop)]).train(resume=step > 0)
+        make_trainer(tmp_path, callbacks=[AtStep(step, stop)]).train(resume=step > 0)
     assert differing(results(tmp_path), whole) == []
 
 
@@ -122,7 +112,7 @@ def test_a_finished_run_resumes_to_itself(whole, tmp_path):
 
 def test_a_checkpoint_given_by_its_path_continues_in_another_directory(whole, tmp_path):
     """Only what comes after it is written there."""
-    make_trainer(tmp_path / "a", callbacks=[At(1, stop)]).train()
+    make_trainer(tmp_path / "a", callbacks=[AtStep(1, stop)]).train()
     make_trainer(tmp_path / "b").train(resume=str(tmp_path / "a" / "checkpoints" / "step-000002"))
     found = results(tmp_path / "b")
     assert set(differing(found, whole)) == {"metrics.jsonl", "completions.jsonl"}
@@ -188,13 +178,13 @@ class Forget(Callback):
 
 @pytest.mark.parametrize("what", ["kl_coef", "optimizer", "value head"])
 def test_the_comparison_notices_whatever_a_resume_could_lose(what, whole, tmp_path):
-    make_trainer(tmp_path, callbacks=[At(1, stop)]).train()
+    make_trainer(tmp_path, callbacks=[AtStep(1, stop)]).train()
     make_trainer(tmp_path, callbacks=[Forget(what)]).train(resume=True)
     assert "metrics.jsonl" in differing(results(tmp_path), whole)
 
 
 def test_the_comparison_notices_weights_that_were_not_restored(whole, tmp_path, monkeypatch):
-    make_trainer(tmp_path, callbacks=[At(1, stop)]).train()
+    make_trainer(tmp_path, callbacks=[AtStep(1, stop)]).train()
     monkeypatch.setattr(trainer_module, "load_named_tensors", lambda module, tensors: None)
     make_trainer(tmp_path).train(resume=True)
     assert "metrics.jsonl" in differing(results(tmp_path), whole)
@@ -206,7 +196,7 @@ def test_the_comparison_notices_weights_that_were_not_restored(whole, tmp_path, 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("stopped")
-    make_trainer(out, callbacks=[At(0, stop)]).train()
+    make_trainer(out, callbacks=[AtStep(0, stop)]).train()
     return out
 
 
@@ -234,13 +224,13 @@ def test_resuming_with_other_data_draws_or_policy_is_refused_and_the_difference_
     "lm", [{"num_hidden_layers": 2}, {"num_hidden_layers": 1, "intermediate_size": 32}], ids=["deeper", "wider"]
 )
 def test_resuming_with_a_model_of_another_shape_is_refused_without_a_reference_too(lm, tmp_path):
-    make_trainer(tmp_path, ppo={"kl_coef": 0.0}, callbacks=[At(0, stop)]).train()
+    make_trainer(tmp_path, ppo={"kl_coef": 0.0}, callbacks=[AtStep(0, stop)]).train()
     with pytest.raises(InputError, match=r"another model.*mlp"):
         make_trainer(tmp_path, ppo={"kl_coef": 0.0}, lm=tiny.causal_lm(**lm)).train(resume=True)
 
 
 def test_another_learning_rate_is_allowed_mentioned_and_used(tmp_path, capsys):
-    make_trainer(tmp_path, callbacks=[At(1, stop)]).train()
+    make_trainer(tmp_path, callbacks=[AtStep(1, stop)]).train()
     capsys.readouterr()
     make_trainer(tmp_path, learning_rate=0.004).train(resume=True)
     printed = capsys.readouterr().out
@@ -329,8 +319,9 @@ def main(out: Path, kills: int) -> None:
         print(json.dumps({"place": place, "in": calls[place], "killed": -ended, "resumed": resumed}), flush=True)
 
 
-def killed_and_resumed(out: Path, kills: int, whole: dict[str, bytes]) -> None:
-    command = [sys.executable, "-m", "tests.test_interruption", str(out), str(kills)]
+def killed_and_resumed(module: str, out: Path, kills: int, whole: dict[str, bytes]) -> None:
+    """`python -m module out kills` kills the runs, as `main` does; what each leaves is compared with `whole`."""
+    command = [sys.executable, "-m", module, str(out), str(kills)]
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False)
@@ -343,12 +334,12 @@ def killed_and_resumed(out: Path, kills: int, whole: dict[str, bytes]) -> None:
 
 
 def test_a_run_killed_at_four_places_and_resumed_leaves_the_same_bytes(whole, tmp_path):
-    killed_and_resumed(tmp_path, 4, whole)
+    killed_and_resumed("tests.test_interruption", tmp_path, 4, whole)
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_sixty_places_and_resumed_leaves_the_same_bytes(whole, tmp_path):
-    killed_and_resumed(tmp_path, 60, whole)
+    killed_and_resumed("tests.test_interruption", tmp_path, 60, whole)
 
 
 if __name__ == "__main__":
