@@ -4,9 +4,8 @@ pip install -e '.[trl]'; python benchmarks/trl_parity.py
 
 Both sides run whole. TRL's: a real GRPOTrainer whose `rollout_func` (an argument of it) hands it given completions, and
 `training_step`, twice per batch: once with the weights that sampled, from which TRL takes its old log-probs, and once after
-the weights were changed, as by an optimizer step, so that ratios leave 1. Ours: `rlhf.rollout.score`, `GRPO.prepare` and
-`rlhf.update.update`, with an optimizer that keeps gradients instead of using them. Status 1 if a pair that should agree
-does not.
+the weights were changed, as by an optimizer step, so that ratios leave 1. Ours: `score`, `GRPO.prepare` and `update`, with
+an optimizer that keeps gradients instead of using them. Status 1 if a pair that should agree does not.
 
 In float32 nothing of TRL's is touched. Two things of it are float32 whatever the model is: advantages, so float64 runs give
 TRL's to both sides (float32 runs use each side's own; they are compared by themselves); and the fused LM head, so float64

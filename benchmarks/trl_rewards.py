@@ -1,4 +1,4 @@
-"""TRL's own reward functions, unchanged, through `rlhf.rewards.Rewards`, beside scores worked out by hand. Seconds.
+"""TRL's own reward functions, unchanged, through `Rewards`, beside scores worked out by hand. Seconds.
 
 pip install -e '.[trl]'; python benchmarks/trl_rewards.py
 
@@ -20,7 +20,7 @@ from trl.rewards import (
     think_format_reward,
 )
 
-from rlhf.rewards import RewardResult, Rewards
+from rlhf.rewards.combine import RewardResult, Rewards
 
 QUESTION = [{"role": "user", "content": "What is a third of one?"}]
 

@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from rlhf.algorithms.grpo import GRPO, GRPOConfig  # noqa: E402
-from rlhf.data import Prompt  # noqa: E402
+from rlhf.data.prompts import Prompt  # noqa: E402
 from rlhf.distributed import Distributed  # noqa: E402
-from rlhf.generation import Completion  # noqa: E402
-from rlhf.models import Policy  # noqa: E402
-from rlhf.rewards import RewardResult  # noqa: E402
-from rlhf.rollout import Rollout, score  # noqa: E402
+from rlhf.models.policy import Policy  # noqa: E402
+from rlhf.rewards.combine import RewardResult  # noqa: E402
+from rlhf.rollout.in_process import Completion  # noqa: E402
+from rlhf.rollout.scoring import Rollout, score  # noqa: E402
+from rlhf.training.update import UpdateConfig, update  # noqa: E402
 from rlhf.types import TrainingBatch  # noqa: E402
-from rlhf.update import UpdateConfig, update  # noqa: E402
 
 disable_progress_bar()
 disable_progress_bars()

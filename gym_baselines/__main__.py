@@ -11,15 +11,14 @@ from typing import Any
 import torch
 import yaml
 
-from gym_baselines import plots
+from gym_baselines import compare, plots
 from gym_baselines.agent import EVALUATION_FILE, Agent
 from gym_baselines.config import TrainConfig
 from gym_baselines.evaluate import evaluate
-from gym_baselines.measuring import compare
 from gym_baselines.presets import is_tuned, preset
 from gym_baselines.train import Training, make_group
 from gym_baselines.video import record_video
-from rlhf.cli import guard, parse
+from rlhf.commands.cli import guard, parse
 from rlhf.errors import InputError
 
 USAGE = """usage: python -m gym_baselines COMMAND ...

@@ -21,7 +21,7 @@ from gym_baselines.config import TrainConfig, with_settings
 from gym_baselines.networks import ActorCritic
 from gym_baselines.presets import preset
 from gym_baselines.train import Callback, EnvLike, Training
-from rlhf.cli import from_plain
+from rlhf.commands.cli import from_plain
 from rlhf.errors import InputError
 
 

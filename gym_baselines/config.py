@@ -9,8 +9,9 @@ from gym_baselines.envs.environments import EnvironmentConfig
 from gym_baselines.networks import NetworkConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.trpo import TrustRegionConfig
-from rlhf.errors import InputError, check_types
-from rlhf.update import UpdateConfig
+from rlhf.errors import InputError
+from rlhf.settings import check_types
+from rlhf.training.update import UpdateConfig
 
 AlgorithmName = Literal["ppo", "ppo_penalty", "a2c", "reinforce", "trpo"]
 

@@ -1,4 +1,4 @@
-"""Policies: what the collector asks for actions and `rlhf.update` for log-probs, values, entropy and divergences."""
+"""Policies: the collector asks them for actions, the update for log-probs, values, entropy and divergences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from torch.nn.functional import one_hot
 from gym_baselines.envs.spaces import action_family, check_spaces_supported, image_channels
 from gym_baselines.layers import NatureCNN, Normalizer, hidden_layers, mlp
 from rlhf.core.distributions import MASKED_LOGIT, Categorical, MultiCategorical, SquashedGaussian
-from rlhf.errors import InputError, check_types
+from rlhf.errors import InputError
+from rlhf.settings import check_types
 from rlhf.types import Inputs, PolicyOutputs
 
 Features = Callable[[gym.Space], nn.Module]

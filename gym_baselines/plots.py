@@ -12,7 +12,7 @@ from gym_baselines.figures import clip_objective, gae_lambda, penalty, step_size
 from gym_baselines.figures.style import save
 from gym_baselines.measuring.jobs import run_jobs
 from gym_baselines.measuring.measure import write_json
-from rlhf.cli import parse
+from rlhf.commands.cli import parse
 from rlhf.errors import InputError
 
 FIGURES: dict[str, ModuleType] = {

@@ -6,7 +6,8 @@ from tqdm import tqdm
 
 from gym_baselines.config import TrainConfig
 from rlhf.distributed import Distributed
-from rlhf.metrics import MetricsWriter, unknown_names
+from rlhf.runs.jsonlines import MetricsWriter
+from rlhf.runs.metrics import unknown_names
 
 TENSORBOARD_NAMES = {  # ours -> Stable-Baselines3's
     "episode_return": "rollout/ep_rew_mean",
@@ -50,7 +51,7 @@ class Report:
 
     def step(self, update: int, metrics: dict[str, float]) -> None:
         unknown = unknown_names(metrics)
-        assert not unknown, f"add {unknown} to the table in rlhf/metrics.py"
+        assert not unknown, f"add {unknown} to the table in rlhf/runs/metrics.py"
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         made, self._steps = int(metrics["environment_steps"]) - self._steps, int(metrics["environment_steps"])
         self._bar.update(made)

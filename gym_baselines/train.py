@@ -24,13 +24,15 @@ from gym_baselines.report import Report
 from gym_baselines.restore import from_checkpoint, restore_rows, row_states, to_checkpoint
 from rlhf.algorithms.ppo import PPO
 from rlhf.algorithms.trpo import TRPO
-from rlhf.checkpoint import Checkpoint, RunDirectory
 from rlhf.core.masking import masked_mean
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError, TrainingError
-from rlhf.resume import check_resumable, load_optimizer_tensors, optimizer_tensors
+from rlhf.runs.checkpoint import Checkpoint
+from rlhf.runs.directory import RunDirectory
+from rlhf.runs.resume import check_resumable
+from rlhf.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from rlhf.training.update import make_stepper, update
 from rlhf.types import TrainingBatch, Trajectories
-from rlhf.update import make_stepper, update
 
 Callback = Callable[[Agent, dict[str, float]], bool | None]
 """Called after every update with the agent and the step's metrics; returning False ends the training."""

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import transformers
 from datasets import Dataset
 
-from rlhf.config import TrainerConfig
+from rlhf.data.rows import load_rows, prompt_rows
 from rlhf.errors import InputError
-from rlhf.models import load_tokenizer
-from rlhf.reward_functions import load_reward_function
-from rlhf.rewards import isolated
-from rlhf.rows import load_rows, prompt_rows
-from rlhf.trainer import Trainer
+from rlhf.models.loading import load_tokenizer
+from rlhf.rewards.calls import isolated
+from rlhf.rewards.functions import load_reward_function
+from rlhf.trainers.config import TrainerConfig
+from rlhf.trainers.trainer import Trainer
 
 EMBEDDED_TAKES = ("policy", "resume", "overwrite", "preset")
 """What also makes sense without a model of the user's, besides the trainer's settings."""
@@ -119,4 +119,4 @@ def train(config: Any, trainer_class: type[Trainer]) -> None:
     trainer.train(resume=config.resume, overwrite=config.overwrite)
     if trainer.distributed.is_main:
         policy = f"{config.output_dir}/policy"
-        print(f"the trained policy is in {policy}; try it: python -m rlhf.sample {policy}")
+        print(f"the trained policy is in {policy}; try it: python -m rlhf.commands.sample {policy}")

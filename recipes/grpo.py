@@ -3,7 +3,7 @@
     accelerate launch recipes/grpo.py                                       # embedded task, offline, minutes on 2 cores
     accelerate launch recipes/grpo.py --config my_grpo.yaml --reward my_rewards.py:correct --reward my_rewards.py:format
 
-Without `--policy` a small model learns to add (grpo_pipeline.py). Every setting of rlhf/config.py and
+Without `--policy` a small model learns to add (grpo_pipeline.py). Every setting of rlhf/trainers/config.py and
 rlhf/algorithms/grpo.py works as `--name value` and in a YAML file; recipes/configs/ has some that are ready to use.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from command import UserRun, embedded_by_default, train
 
 from rlhf.algorithms.grpo import GRPOConfig
-from rlhf.algorithms.grpo_presets import PRESETS
-from rlhf.cli import guard, parse
-from rlhf.config import GRPOTrainerConfig
-from rlhf.grpo_trainer import GRPOTrainer
+from rlhf.algorithms.presets import PRESETS
+from rlhf.commands.cli import guard, parse
+from rlhf.trainers.config import GRPOTrainerConfig
+from rlhf.trainers.grpo import GRPOTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def main(config: GRPORecipe) -> None:
     else:
         import grpo_pipeline  # beside this file; it needs nothing that a user's own run needs
 
-        grpo_pipeline.run(config)
+        grpo_pipeline.run(config.training(), resume=config.resume, overwrite=config.overwrite)
 
 
 def settings(arguments: list[str]) -> GRPORecipe:

@@ -4,26 +4,23 @@ Each stage leaves a directory below output_dir; one that is finished is reused. 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import arithmetic
 from small_task import be_quick_and_quiet, train_sft
 from stages import Stages
 
 from rlhf.core.random import EVALUATION
-from rlhf.data import PromptDataset
+from rlhf.data.prompts import PromptDataset
+from rlhf.data.rows import load_rows
 from rlhf.distributed import Distributed
-from rlhf.generation import Draws, end_tokens, generate
-from rlhf.grpo_trainer import GRPOTrainer
-from rlhf.metrics import plot_curves
-from rlhf.models import load_causal_lm, load_tokenizer
-from rlhf.rows import load_rows
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.rollout.in_process import Draws, end_tokens, generate
+from rlhf.runs.curves import plot_curves
+from rlhf.trainers.config import GRPOTrainerConfig
+from rlhf.trainers.grpo import GRPOTrainer
 from rlhf.verifiers import exact_match
-
-if TYPE_CHECKING:
-    from grpo import GRPORecipe
 
 CURVES = ["reward", "eval/reward", "frac_reward_zero_std", "entropy", "grad_norm", "completions/mean_length"]
 NUM_SAMPLES = 16
@@ -42,32 +39,31 @@ class Answers:
     """Tokens of each sampled completion, EOS included."""
 
 
-def run(config: "GRPORecipe") -> dict[str, dict[str, float]]:
-    """All stages; the numbers of the table that is printed in the end."""
+def run(config: GRPOTrainerConfig, *, resume: bool | str, overwrite: bool) -> dict[str, dict[str, float]]:
+    """All stages; the numbers of the table that is printed in the end. For the arguments see `run` in pipeline.py."""
     be_quick_and_quiet()
     distributed, root = Distributed(precision=config.precision), Path(config.output_dir)
-    stages = Stages(root, config.training(output_dir=""), distributed, overwrite=config.overwrite)
+    stages = Stages(root, replace(config, output_dir=""), distributed, overwrite=overwrite)
     stages.run("data", "data", lambda folder: arithmetic.write_data(folder, config.seed), on_main=True)
     stages.run(
         "supervised fine-tuning", "sft", lambda folder: train_sft(arithmetic, root / "data", folder, config.seed)
     )
-    stages.run("GRPO", "grpo/policy", lambda _: _train_grpo(root, config))
+    stages.run("GRPO", "grpo/policy", lambda _: _train_grpo(root, config, resume))
     return _evaluate(root, config, distributed)
 
 
-def _train_grpo(root: Path, config: "GRPORecipe") -> None:
-    """Continues by itself where an earlier call was stopped."""
+def _train_grpo(root: Path, config: GRPOTrainerConfig, resume: bool | str) -> None:
     trainer = GRPOTrainer(
         str(root / "sft"),
         exact_match,
         str(root / "data" / "prompts_train.jsonl"),
-        config.training(output_dir=str(root / "grpo")),
+        replace(config, output_dir=str(root / "grpo")),
         eval_dataset=str(root / "data" / "prompts_test.jsonl"),
     )
-    trainer.train(resume=config.resume or (root / "grpo" / "checkpoints").is_dir())
+    trainer.train(resume=resume or (root / "grpo" / "checkpoints").is_dir())
 
 
-def _evaluate(root: Path, config: "GRPORecipe", distributed: Distributed) -> dict[str, dict[str, float]]:
+def _evaluate(root: Path, config: GRPOTrainerConfig, distributed: Distributed) -> dict[str, dict[str, float]]:
     """Both models on the held-out problems, with the same random draws; prints table and samples, draws the curves."""
     rows = list(load_rows(root / "data" / "prompts_test.jsonl"))
     right = [row["answer"] for row in rows]
@@ -85,11 +81,11 @@ def _evaluate(root: Path, config: "GRPORecipe", distributed: Distributed) -> dic
             for name, said in answers.items():
                 print(f"  {name:<6}{'  '.join(f'{text:<4}' for text in said.sampled[i][:SHOWN_SAMPLES])}")
         print(f"\ncurves: {root / 'curves.png'}   numbers: {root / 'results.json'}, {root / 'grpo' / 'metrics.jsonl'}")
-        print(f"try it: echo 47+85= | python -m rlhf.sample {root / 'grpo' / 'policy'}")
+        print(f"try it: echo 47+85= | python -m rlhf.commands.sample {root / 'grpo' / 'policy'}")
     return results
 
 
-def _answers(root: Path, folder: Path, config: "GRPORecipe", distributed: Distributed) -> Answers:
+def _answers(root: Path, folder: Path, config: GRPOTrainerConfig, distributed: Distributed) -> Answers:
     tokenizer, lm = load_tokenizer(str(folder)), load_causal_lm(str(folder)).to(distributed.device).eval()
     rows = load_rows(root / "data" / "prompts_test.jsonl")
     data = PromptDataset.build(rows, tokenizer, max_prompt_tokens=config.max_prompt_tokens)

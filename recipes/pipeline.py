@@ -5,8 +5,9 @@ it drew the preferences and judges in the end, and nothing is trained on it.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import embedded
 from reward_model import RewardModelConfig, train_reward_model
@@ -14,19 +15,18 @@ from small_task import be_quick_and_quiet, train_sft
 from stages import Stages
 
 from rlhf.core.random import EVALUATION
-from rlhf.data import PromptDataset
+from rlhf.data.prompts import PromptDataset
+from rlhf.data.rows import load_rows
 from rlhf.distributed import Distributed
-from rlhf.generation import Draws
-from rlhf.metrics import plot_curves
-from rlhf.models import Policy, load_causal_lm, load_tokenizer
-from rlhf.reward_model import RewardModel
-from rlhf.rewards import Rewards
-from rlhf.rollout import Collector, Rollout
-from rlhf.rows import load_rows
-from rlhf.trainer import PPOTrainer
-
-if TYPE_CHECKING:
-    from ppo_rlhf import PPORecipe
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.policy import Policy
+from rlhf.rewards.combine import Rewards
+from rlhf.rewards.model import RewardModel
+from rlhf.rollout.in_process import Draws
+from rlhf.rollout.scoring import Collector, Rollout
+from rlhf.runs.curves import plot_curves
+from rlhf.trainers.config import PPOTrainerConfig
+from rlhf.trainers.ppo import PPOTrainer
 
 CURVES = ["score", "rewards/gold/mean", "reward_kl", "completion_length", "entropy", "value_loss"]
 NUM_SAMPLES = 3
@@ -37,15 +37,19 @@ def gold(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     return [embedded.gold_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def run(config: "PPORecipe") -> dict[str, dict[str, float]]:
-    """All stages; the numbers of the table that is printed in the end."""
+def run(config: PPOTrainerConfig, *, resume: bool | str, overwrite: bool) -> dict[str, dict[str, float]]:
+    """All stages; the numbers of the table that is printed in the end.
+
+    config: the PPO stage's settings, but for `output_dir`, which is the pipeline's. resume: see `Trainer.train`; the PPO
+    stage continues by itself where an earlier call was stopped. overwrite: start all stages anew.
+    """
     be_quick_and_quiet()
     distributed, root = Distributed(precision=config.precision), Path(config.output_dir)
-    stages = Stages(root, config.training(output_dir=""), distributed, overwrite=config.overwrite)
+    stages = Stages(root, replace(config, output_dir=""), distributed, overwrite=overwrite)
     stages.run("data", "data", lambda folder: embedded.write_data(folder, config.seed), on_main=True)
     stages.run("supervised fine-tuning", "sft", lambda folder: train_sft(embedded, root / "data", folder, config.seed))
     stages.run("reward model", "reward_model", lambda folder: _train_reward_model(root, folder, config.seed))
-    stages.run("PPO", "ppo/policy", lambda _: _train_ppo(root, config))
+    stages.run("PPO", "ppo/policy", lambda _: _train_ppo(root, config, resume))
     return _evaluate(root, config, distributed)
 
 
@@ -62,9 +66,8 @@ def _train_reward_model(root: Path, folder: Path, seed: int) -> None:
     )
 
 
-def _train_ppo(root: Path, config: "PPORecipe") -> None:
-    """Continues by itself where an earlier call was stopped."""
-    settings = config.training(output_dir=str(root / "ppo"), reward_weights=[1.0, 0.0])
+def _train_ppo(root: Path, config: PPOTrainerConfig, resume: bool | str) -> None:
+    settings = replace(config, output_dir=str(root / "ppo"), reward_weights=[1.0, 0.0])
     trainer = PPOTrainer(
         str(root / "sft"),
         [str(root / "reward_model"), gold],
@@ -72,10 +75,10 @@ def _train_ppo(root: Path, config: "PPORecipe") -> None:
         settings,
         eval_dataset=str(root / "data" / "prompts_test.jsonl"),
     )
-    trainer.train(resume=config.resume or (root / "ppo" / "checkpoints").is_dir())
+    trainer.train(resume=resume or (root / "ppo" / "checkpoints").is_dir())
 
 
-def _evaluate(root: Path, config: "PPORecipe", distributed: Distributed) -> dict[str, dict[str, float]]:
+def _evaluate(root: Path, config: PPOTrainerConfig, distributed: Distributed) -> dict[str, dict[str, float]]:
     """Both policies on the held-out prompts, with the same random draws; prints table and samples, draws the curves."""
     rollouts, results = {}, {}
     for name, folder in {"SFT": root / "sft", "PPO": root / "ppo" / "policy"}.items():
@@ -97,12 +100,12 @@ def _evaluate(root: Path, config: "PPORecipe", distributed: Distributed) -> dict
         for i in range(NUM_SAMPLES):
             print(f"\n{prompts[i]}\n  SFT  {texts['SFT'][i]}\n  PPO  {texts['PPO'][i]}")
         print(f"\ncurves: {root / 'curves.png'}   numbers: {root / 'results.json'}, {root / 'ppo' / 'metrics.jsonl'}")
-        print(f"try it: python -m rlhf.sample {root / 'ppo' / 'policy'}")
+        print(f"try it: python -m rlhf.commands.sample {root / 'ppo' / 'policy'}")
     return results
 
 
 def _sample(
-    root: Path, folder: Path, config: "PPORecipe", distributed: Distributed
+    root: Path, folder: Path, config: PPOTrainerConfig, distributed: Distributed
 ) -> tuple[Rollout, dict[str, float]]:
     tokenizer = load_tokenizer(str(folder))
     temperature = config.generation.temperature

@@ -5,7 +5,7 @@
         --reward my_rewards.py:polite --output_dir runs/mine --learning_rate 1e-5
 
 Without `--policy` the whole of RLHF runs on embedded data (pipeline.py): SFT, reward model, PPO, evaluation.
-Every setting of rlhf/config.py works as `--name value` and in a YAML file given with `--config`.
+Every setting of rlhf/trainers/config.py works as `--name value` and in a YAML file given with `--config`.
 """
 
 import sys
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from command import UserRun, embedded_by_default, train
 
-from rlhf.cli import run_command
-from rlhf.config import PPOTrainerConfig
-from rlhf.trainer import PPOTrainer
+from rlhf.commands.cli import run_command
+from rlhf.trainers.config import PPOTrainerConfig
+from rlhf.trainers.ppo import PPOTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ def main(config: PPORecipe) -> None:
     else:
         import pipeline  # beside this file; it needs nothing that a user's own run needs
 
-        pipeline.run(config)
+        pipeline.run(config.training(), resume=config.resume, overwrite=config.overwrite)
 
 
 if __name__ == "__main__":

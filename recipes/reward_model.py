@@ -27,11 +27,12 @@ from supervised import (
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from rlhf.cli import run_command
+from rlhf.commands.cli import run_command
 from rlhf.core.preference import bradley_terry_loss
-from rlhf.data import load_rows, tokenize_preferences
+from rlhf.data.rows import load_rows
+from rlhf.data.supervised import tokenize_preferences
 from rlhf.errors import InputError
-from rlhf.models import load_tokenizer
+from rlhf.models.loading import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,10 @@ from supervised import (
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from rlhf.cli import run_command
-from rlhf.data import load_rows, tokenize_completions
-from rlhf.models import load_causal_lm, load_tokenizer
+from rlhf.commands.cli import run_command
+from rlhf.data.rows import load_rows
+from rlhf.data.supervised import tokenize_completions
+from rlhf.models.loading import load_causal_lm, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from sft import SFTConfig, fine_tune
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.data.rows import load_rows
 from rlhf.errors import InputError
-from rlhf.rows import load_rows
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import TrainerConfig
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
-from rlhf.reporting import say
+from rlhf.runs.reporting import say
+from rlhf.trainers.config import TrainerConfig
 
 
 class Stages:

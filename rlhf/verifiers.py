@@ -1,4 +1,4 @@
-"""Reward functions that check answers and shape lengths, in the signature users write (rewards.py).
+"""Reward functions that check answers and shape lengths, in the signature users write (rewards/combine.py).
 
 Usable as they are, also on a command line (`--reward rlhf.verifiers:math_equality`):
 
@@ -22,10 +22,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf.errors import InputError
-from rlhf.reward_functions import signature_of
-from rlhf.tokenization import excerpt
-from rlhf.workers import Worker, WorkerDied, WorkerError, WorkerTimeout
+from rlhf.errors import InputError, excerpt
+from rlhf.isolation.workers import Worker, WorkerDied, WorkerError, WorkerTimeout
+from rlhf.rewards.functions import signature_of
 
 CHECK_S = 5.0
 """How long the check of one completion may take; it then scores 0."""

@@ -19,7 +19,7 @@ from gym_baselines.config import TrainConfig
 from gym_baselines.networks import NetworkConfig
 from gym_baselines.train import train
 from rlhf.algorithms.ppo import PPOConfig
-from rlhf.update import UpdateConfig
+from rlhf.training.update import UpdateConfig
 
 GAMMA = 0.9
 

@@ -1,28 +1,38 @@
-"""Imports point down only, read from the source with `ast`; and what is promised to be light is light."""
+"""Imports point down only, room by room, and never in a circle; and what is promised to be light is light.
+
+Read from the source with `ast`, imports inside functions and for type checkers included. Recipes import one another by the
+bare name (`from command import ...`), since a script's own folder is where Python looks first: that counts too.
+"""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-LAYERS = [
-    ("cores", ["rlhf.core", "rlhf.types", "rlhf.errors"]),
+ROOMS = [
+    ("core", ["rlhf.core", "rlhf.types", "rlhf.errors", "rlhf.settings"]),
     ("algorithms", ["rlhf.algorithms"]),
-    (
-        "updates",
-        ["rlhf.update", "rlhf.steppers", "rlhf.compiled", "rlhf.flat_optimizer", "rlhf.distributed", "rlhf.metrics"],
-    ),
-    ("the language-model parts", ["rlhf"]),  # every other module of rlhf
-    ("the loop", ["rlhf.trainer", "rlhf.grpo_trainer"]),
-    ("choices", ["recipes", "gym_baselines"]),
+    ("processes", ["rlhf.distributed"]),
+    ("runs", ["rlhf.runs"]),
+    ("training", ["rlhf.training"]),
+    ("data", ["rlhf.data"]),
+    ("models", ["rlhf.models"]),
+    ("isolation", ["rlhf.isolation"]),
+    ("rewards", ["rlhf.rewards", "rlhf.verifiers"]),
+    ("rollout", ["rlhf.rollout"]),
+    ("trainers", ["rlhf.trainers"]),
+    ("commands", ["rlhf.commands"]),
+    ("the package's front", ["rlhf"]),
+    ("choices", ["recipes", "gym_baselines", "benchmarks"]),
 ]
-"""Lowest first; a module belongs to the longest name it begins with."""
+"""Lowest first. A module belongs to the longest name it begins with; `rlhf` itself is rlhf/__init__.py alone."""
 
-TORCH_ONLY = ("rlhf.core", "rlhf.types", "rlhf.errors", "rlhf.algorithms")
+TORCH_ONLY = ("rlhf.core", "rlhf.types", "rlhf.errors", "rlhf.settings", "rlhf.algorithms")
 """These import torch, the standard library and each other."""
 
 FORBIDDEN = {
@@ -31,25 +41,38 @@ FORBIDDEN = {
     "gym_baselines": ({"transformers", "datasets", "peft"}, "language models belong into rlhf/"),
 }
 
+FLAT = "recipes"
+"""The folder whose scripts import one another by their bare names."""
 
-def sources() -> list[tuple[str, Path]]:
-    """(module name, file) of everything that is laid out in layers."""
-    files = [path for package in ("rlhf", "gym_baselines", "recipes") for path in (ROOT / package).rglob("*.py")]
-    return [(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path) for path in files]
+
+def sources() -> dict[str, Path]:
+    """Module name -> file of everything that is laid out in rooms."""
+    files = [
+        path
+        for package in ("rlhf", "gym_baselines", "recipes", "benchmarks")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+OURS = sources()
 
 
 def imports_of(module: str, path: Path) -> list[tuple[str, int]]:
-    """(imported module, line), also those inside functions; `from a import b` counts as a.b if that is a module of ours."""
-    ours = {name for name, _ in sources()}
+    """(imported module, line); `from a import b` counts as a.b if that is a module of ours."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+
+    def resolved(name: str) -> str:
+        return f"{package}.{name}" if module.startswith(f"{FLAT}.") and f"{FLAT}.{name}" in OURS else name
+
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno) for alias in node.names]
+            found += [(resolved(alias.name), node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            found += [(f"{base}.{a.name}" if f"{base}.{a.name}" in ours else base, node.lineno) for a in node.names]
+            base = resolved(".".join([*parents, *([node.module] if node.module else [])]))
+            found += [(f"{base}.{a.name}" if f"{base}.{a.name}" in OURS else base, node.lineno) for a in node.names]
     return found
 
 
@@ -57,38 +80,37 @@ def within(module: str, prefix: str) -> bool:
     return module == prefix or module.startswith(f"{prefix}.")
 
 
-def layer(module: str) -> int | None:
-    """The number of the module's layer; None for packages that are not ours."""
-    matches = [
-        (len(prefix), number)
-        for number, (_, prefixes) in enumerate(LAYERS)
-        for prefix in prefixes
-        if within(module, prefix)
-    ]
+def room(module: str) -> int | None:
+    """The number of the module's room; None for packages that are not ours."""
+    matches = [(len(p), number) for number, (_, prefixes) in enumerate(ROOMS) for p in prefixes if within(module, p)]
     return max(matches)[1] if matches else None
 
 
 def complaints(module: str, imports: list[tuple[str, int]], place: str) -> list[str]:
     """What is wrong with one module's imports, and what to do about it."""
     found = []
-    own = layer(module)
+    own = room(module)
+    if own is not None and ROOMS[own][1] == ["rlhf"] and module != "rlhf":
+        found.append(
+            f"{place}: {module} is in none of the rooms. Move it into one, or add a room to ROOMS and README.md."
+        )
     for imported, line in imports:
-        top, other = imported.split(".")[0], layer(imported)
+        top, other = imported.split(".")[0], room(imported)
         if other is not None and own is not None and other > own:
             found.append(
-                f"{place}:{line}: {module} ({LAYERS[own][0]}) imports {imported} ({LAYERS[other][0]}), which lies "
-                "above it. Imports go down only: move what both need into the lower layer, or pass it in as an argument."
+                f"{place}:{line}: {module} ({ROOMS[own][0]}) imports {imported} ({ROOMS[other][0]}), which lies "
+                "above it. Imports go down only: move what both need into the lower room, or pass it in as an argument."
             )
         torch_only = any(within(module, prefix) for prefix in TORCH_ONLY)
         if torch_only and top not in {"torch", "rlhf"} and top not in sys.stdlib_module_names:
             found.append(
                 f"{place}:{line}: {module} imports {imported}, but cores and algorithms import torch and the standard "
-                "library alone, so that they run anywhere. Convert to tensors in the layer above and pass those in."
+                "library alone, so that they run anywhere. Convert to tensors in the room above and pass those in."
             )
         names, remedy = FORBIDDEN.get(module.split(".")[0], (set(), ""))
         if top in names:
             found.append(f"{place}:{line}: {module} imports {top}; {remedy}.")
-        if top == "accelerate" and module != "rlhf.distributed":
+        if top == "accelerate" and module != "rlhf.distributed" and within(module, "rlhf"):
             found.append(
                 f"{place}:{line}: {module} imports accelerate, which only rlhf/distributed.py knows: add what you need to "
                 "`Distributed` and use that."
@@ -96,50 +118,104 @@ def complaints(module: str, imports: list[tuple[str, int]], place: str) -> list[
     return found
 
 
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a circle, the first again at the end; empty if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
 def test_imports_point_down_only():
     found = [
-        c for name, path in sources() for c in complaints(name, imports_of(name, path), str(path.relative_to(ROOT)))
+        c for name, path in OURS.items() for c in complaints(name, imports_of(name, path), str(path.relative_to(ROOT)))
     ]
     assert not found, "\n" + "\n".join(found)
 
 
+def test_no_modules_import_one_another_in_a_circle():
+    """Not even inside a function, or for a type checker alone."""
+    graph = {name: {i for i, _ in imports_of(name, path) if i in OURS and i != name} for name, path in OURS.items()}
+    found = circle(graph)
+    assert not found, "a circle of imports: " + " -> ".join(found) + ". Move what two of them need into a third."
+
+
+def test_no_folders_import_one_another_in_a_circle():
+    """A folder is one room: what two of its files have in common with another folder goes one way."""
+
+    def folder(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    graph: dict[str, set[str]] = {}
+    for name, path in OURS.items():
+        others = {folder(imported) for imported, _ in imports_of(name, path) if imported in OURS}
+        graph.setdefault(folder(name), set()).update(others - {folder(name)})
+    found = circle(graph)
+    assert not found, "a circle of folders: " + " -> ".join(found) + ". Move the file that points back."
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
 def test_there_is_something_to_read():
-    modules = {name for name, _ in sources()}
-    assert {"rlhf.core.advantages", "rlhf.algorithms.ppo", "rlhf.update", "gym_baselines"} <= modules
-    imported = {name for name, _ in imports_of("rlhf.algorithms.ppo", ROOT / "rlhf/algorithms/ppo.py")}
+    assert {"rlhf.core.advantages", "rlhf.algorithms.ppo", "rlhf.training.update", "gym_baselines"} <= OURS.keys()
+    imported = {name for name, _ in imports_of("rlhf.algorithms.ppo", OURS["rlhf.algorithms.ppo"])}
     assert {"torch", "rlhf.core.advantages", "rlhf.types"} <= imported
+    flat = {name for name, _ in imports_of("recipes.ppo_rlhf", OURS["recipes.ppo_rlhf"])}
+    assert "recipes.command" in flat and "rlhf.trainers.config" in flat
+
+
+def test_every_room_has_modules_and_the_readme_names_it():
+    """The README's tree and these rooms are one picture."""
+    tree = (ROOT / "README.md").read_text().partition("## The files")[2]
+    for _, prefixes in ROOMS:
+        for prefix in prefixes:
+            assert any(within(module, prefix) for module in OURS), prefix
+            name = prefix.rpartition(".")[2]
+            assert f"{name}/" in tree or f"{name}.py" in tree, f"README.md, The files: {prefix} is missing"
 
 
 @pytest.mark.parametrize(
     ("module", "imported", "advice"),
     [
         ("rlhf.core.kl", "rlhf.algorithms.ppo", "Imports go down only"),
-        ("rlhf.core.kl", "rlhf.update", "Imports go down only"),
-        ("rlhf.algorithms.ppo", "rlhf.models", "Imports go down only"),
-        ("rlhf.update", "rlhf.generation", "Imports go down only"),
-        ("rlhf.rollout", "rlhf.trainer", "Imports go down only"),
-        ("rlhf.trainer", "recipes.sft", "Imports go down only"),
+        ("rlhf.core.kl", "rlhf.training.update", "Imports go down only"),
+        ("rlhf.algorithms.ppo", "rlhf.models.policy", "Imports go down only"),
+        ("rlhf.training.update", "rlhf.rollout.in_process", "Imports go down only"),
+        ("rlhf.runs.directory", "rlhf.training.update", "Imports go down only"),
+        ("rlhf.rollout.scoring", "rlhf.trainers.trainer", "Imports go down only"),
+        ("rlhf.trainers.trainer", "rlhf", "Imports go down only"),
+        ("rlhf.trainers.trainer", "recipes.sft", "Imports go down only"),
         ("rlhf.core.masking", "numpy", "Convert to tensors"),
         ("rlhf.algorithms.ppo", "transformers", "Convert to tensors"),
-        ("rlhf.rollout", "gymnasium.vector", "gym_baselines/"),
+        ("rlhf.rollout.scoring", "gymnasium.vector", "gym_baselines/"),
         ("gym_baselines.train", "transformers", "rlhf/"),
-        ("rlhf.models", "accelerate.utils", "Distributed"),
+        ("rlhf.models.policy", "accelerate.utils", "Distributed"),
     ],
 )
 def test_an_import_that_points_up_is_named_with_what_to_do(module, imported, advice):
-    """The negative control of the test above."""
+    """The negative control of the tests above."""
     (complaint,) = complaints(module, [(imported, 12)], "some_file.py")
     assert complaint.startswith("some_file.py:12: ") and imported.split(".")[0] in complaint and advice in complaint
+
+
+def test_a_module_outside_all_rooms_is_named_with_what_to_do():
+    (complaint,) = complaints("rlhf.helpers", [], "rlhf/helpers.py")
+    assert "none of the rooms" in complaint
 
 
 @pytest.mark.parametrize(
     ("module", "imported"),
     [
-        ("rlhf.update", "rlhf.core.masking"),
+        ("rlhf.training.update", "rlhf.core.masking"),
         ("rlhf.core.losses", "rlhf.core.kl"),
-        ("rlhf.trainer", "rlhf.rollout"),
-        ("recipes.sft", "rlhf.trainer"),
-        ("gym_baselines.train", "rlhf.update"),
+        ("rlhf.trainers.trainer", "rlhf.rollout.scoring"),
+        ("recipes.sft", "rlhf.trainers.trainer"),
+        ("recipes.sft", "rlhf"),
+        ("gym_baselines.train", "rlhf.training.update"),
         ("rlhf.core.random", "torch"),
         ("rlhf.core.random", "math"),
         ("rlhf.distributed", "accelerate"),
@@ -171,7 +247,7 @@ print(PPOTrainer.__module__)
 
 def test_cores_load_torch_alone_control_no_language_models_and_public_names_load_on_first_use():
     pytest.importorskip("gymnasium")
-    assert run_python(PROBE) == ["nothing", "nothing", "rlhf.trainer"]
+    assert run_python(PROBE) == ["nothing", "nothing", "rlhf.trainers.ppo"]
 
 
 def test_every_public_name_exists():

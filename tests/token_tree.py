@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf.config import PPOTrainerConfig, TrainerConfig
-from rlhf.trainer import Callback, PPOTrainer, Trainer
+from rlhf.trainers.config import PPOTrainerConfig, TrainerConfig
+from rlhf.trainers.ppo import PPOTrainer
+from rlhf.trainers.trainer import Callback, Trainer
 from tests import tree
 
 PROMPT = 1

@@ -26,7 +26,8 @@ from gym_baselines.envs.vector import (
     replays,
     reports_games,
 )
-from rlhf.errors import InputError, check_types
+from rlhf.errors import InputError
+from rlhf.settings import check_types
 
 Vectorization = Literal["sync", "async", "envpool"]
 Autoreset = Literal["next_step", "same_step", "disabled"]

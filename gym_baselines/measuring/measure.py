@@ -24,7 +24,7 @@ from gym_baselines.measuring.lines_of_code import executed_lines
 from gym_baselines.measuring.meter import Meter, RunSpec
 from gym_baselines.presets import preset
 from gym_baselines.train import train
-from rlhf.cli import guard
+from rlhf.commands.cli import guard
 
 PEER_PREFIX = "sb3_"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from rlhf.algorithms import Group, State
-from rlhf.algorithms.grpo_presets import PRESETS
+from rlhf.algorithms.base import Group, State
+from rlhf.algorithms.presets import PRESETS
 from rlhf.core.advantages import equal_groups, group_advantages, return_to_go
 from rlhf.core.kl import LossKL, kl_estimate, kl_loss
 from rlhf.core.losses import (
@@ -26,7 +26,8 @@ from rlhf.core.losses import (
     unclipped_surrogate,
 )
 from rlhf.core.masking import AllSum, masked_sum, weighted_sum, whiten
-from rlhf.errors import InputError, check_types
+from rlhf.errors import InputError
+from rlhf.settings import check_types
 from rlhf.types import Metrics, PolicyOutputs, TrainingBatch, Trajectories, Weighting
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from rlhf.algorithms import Group, State
+from rlhf.algorithms.base import Group, State
 from rlhf.core.advantages import gae
 from rlhf.core.kl import adaptive_kl_coef, adaptive_penalty_coef, kl_estimate
 from rlhf.core.losses import (
@@ -19,7 +19,8 @@ from rlhf.core.losses import (
     unclipped_surrogate,
 )
 from rlhf.core.masking import AllSum, masked_mean, weighted_sum, whiten
-from rlhf.errors import InputError, check_types
+from rlhf.errors import InputError
+from rlhf.settings import check_types
 from rlhf.types import Metrics, PolicyOutputs, TrainingBatch, Trajectories, token_mean
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from rlhf.algorithms import Group
+from rlhf.algorithms.base import Group
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.losses import clipped_value_loss, unclipped_surrogate
 from rlhf.core.masking import weighted_sum
 from rlhf.core.trust_region import conjugate_gradient, fisher_vector_product, flatten, line_search, step_size
-from rlhf.errors import InputError, TrainingError, check_types
+from rlhf.errors import InputError, TrainingError
+from rlhf.settings import check_types
 from rlhf.types import Metrics, PolicyOutputs, TrainingBatch
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
-from rlhf.algorithms.grpo_presets import PRESETS
+from rlhf.algorithms.presets import PRESETS
 from rlhf.core.advantages import group_advantages, return_to_go
 from rlhf.core.kl import kl_loss
 from rlhf.core.masking import local_sum
 from rlhf.errors import InputError
-from rlhf.steppers import prepare_minibatch
+from rlhf.training.steppers import prepare_minibatch
 from rlhf.types import PolicyOutputs, Trajectories
 from tests import tree
 

@@ -13,9 +13,9 @@ from rlhf.algorithms.trpo import TRPO, TrustRegionConfig
 from rlhf.core.masking import local_sum
 from rlhf.core.trust_region import conjugate_gradient, fisher_vector_product, flatten, line_search, step_size
 from rlhf.errors import InputError, TrainingError
-from rlhf.metrics import unknown_names
+from rlhf.runs.metrics import unknown_names
+from rlhf.training.update import UpdateConfig, update
 from rlhf.types import PolicyOutputs, TrainingBatch, Trajectories, Weighting
-from rlhf.update import UpdateConfig, update
 from tests.controls import names, refute, run_ranks
 
 EXACT = {"rtol": 0, "atol": 1e-12}

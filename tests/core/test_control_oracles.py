@@ -16,8 +16,8 @@ from rlhf.core.distributions import Categorical
 from rlhf.core.logprobs import entropy
 from rlhf.core.losses import clipped_surrogate, score_surrogate, unclipped_surrogate
 from rlhf.core.masking import local_sum, weighted_sum
+from rlhf.training.update import UpdateConfig, update
 from rlhf.types import PolicyOutputs, Trajectories, Weighting
-from rlhf.update import UpdateConfig, update
 from tests import broken
 from tests.controls import names, refute
 

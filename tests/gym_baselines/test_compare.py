@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from gym_baselines.__main__ import main
+from gym_baselines.compare import CompareConfig, compare, jobs_of, threshold_of
 from gym_baselines.envs.environments import EVALUATION, EnvironmentConfig, make_env
 from gym_baselines.figures.tables import count_lines, markdown, measured_table, plain, quoted_table, summarize
-from gym_baselines.measuring.compare import CompareConfig, compare, jobs_of, threshold_of
 from gym_baselines.measuring.jobs import Job, run_jobs
 from gym_baselines.measuring.lines_of_code import executed_lines
 from gym_baselines.measuring.measure import config_of, key_of
 from gym_baselines.measuring.meter import Meter, RunSpec, Stopwatch, peak_memory_bytes
-from rlhf.cli import parse
+from rlhf.commands.cli import parse
 from rlhf.core.distributions import Categorical
 from rlhf.errors import InputError, TrainingError
 from tests.controls import refute

@@ -16,10 +16,10 @@ from gym_baselines.networks import NetworkConfig
 from gym_baselines.presets import ALGORITHMS, PRESETS, is_tuned, preset
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.trpo import TrustRegionConfig
-from rlhf.cli import from_plain
+from rlhf.commands.cli import from_plain
 from rlhf.errors import InputError
-from rlhf.metrics import TABLE
-from rlhf.update import UpdateConfig
+from rlhf.runs.metrics import TABLE
+from rlhf.training.update import UpdateConfig
 
 
 def leaves(config: TrainConfig) -> dict[str, object]:

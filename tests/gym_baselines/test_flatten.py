@@ -11,8 +11,8 @@ from gym_baselines.networks import ActorCritic
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.masking import local_sum
 from rlhf.core.random import MINIBATCH, permutation
+from rlhf.training.update import UpdateConfig, update
 from rlhf.types import Weighting
-from rlhf.update import UpdateConfig, update
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from gym_baselines.agent import AGENT_FILE, WEIGHTS_FILE
 from gym_baselines.config import with_settings
 from gym_baselines.networks import ActorCritic
 from rlhf.errors import InputError
-from rlhf.metrics import METRICS_FILE
+from rlhf.runs.jsonlines import METRICS_FILE
 from tests.gym_baselines.environments import Clock
 
 NORMALIZED = {"normalize_observations": True, "normalize_rewards": True}

@@ -17,11 +17,12 @@ from gym_baselines.__main__ import main, parse_config
 from gym_baselines.agent import WEIGHTS_FILE
 from gym_baselines.config import with_settings
 from rlhf.algorithms.ppo import PPOConfig
-from rlhf.cli import from_plain
+from rlhf.commands.cli import from_plain
 from rlhf.core.advantages import gae
 from rlhf.errors import InputError
-from rlhf.metrics import METRICS_FILE, read_metrics, unknown_names
-from rlhf.update import UpdateConfig
+from rlhf.runs.jsonlines import METRICS_FILE, read_metrics
+from rlhf.runs.metrics import unknown_names
+from rlhf.training.update import UpdateConfig
 from tests.broken import gae_takes_truncation_for_termination
 from tests.controls import refute
 from tests.gym_baselines import group_worker

@@ -7,9 +7,9 @@ import ppo_rlhf
 import pytest
 from datasets import Dataset
 
-from rlhf.cli import parse
+from rlhf.commands.cli import parse
+from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError
-from rlhf.rows import prompt_rows
 from tests import tiny
 
 GSM8K = Dataset.from_list([{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4"}])

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from rlhf.cli import parse
+from rlhf.commands.cli import parse
 from rlhf.errors import InputError
-from rlhf.reward_functions import load_reward_function
+from rlhf.rewards.functions import load_reward_function
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))

@@ -29,7 +29,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from rlhf.data import tokenize_preferences
+from rlhf.data.supervised import tokenize_preferences
 from rlhf.errors import InputError
 
 PRAISE, BLAME = ("good", "nice", "great"), ("bad", "poor", "awful")

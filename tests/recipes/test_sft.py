@@ -12,7 +12,7 @@ from sft import SFTConfig, fine_tune, pad_completions, train_sft
 from supervised import split_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from rlhf.data import tokenize_completions
+from rlhf.data.supervised import tokenize_completions
 from rlhf.errors import InputError
 
 ROWS = [

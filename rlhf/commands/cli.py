@@ -1,0 +1,240 @@
+"""The command line of every recipe: settings from `--config file.yaml` and overrides such as `--ppo.clip_range 0.1`.
+
+    if __name__ == "__main__":
+        run_command(SFTConfig, train_sft, "Supervised fine-tuning.")
+
+Settings are a (nested) dataclass, read by jsonargparse. What it lets pass is refused here: duplicate and unknown keys
+(with the nearest name), null where there is no null, and numbers that are not finite. Overrides win over files wherever
+they stand. Errors of the user are one short message on stderr: status 2, or 1 when a run had to stop.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from rlhf.errors import InputError, TrainingError
+from rlhf.trainers.foreign_settings import instead
+
+T = TypeVar("T")
+OWN_OPTIONS = ("config", "print_config", "help")
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Prints InputError and TrainingError as messages, without a traceback, and exits; also usable as a decorator."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TrainingError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def run_command(config_class: type[T], command: Callable[[T], Any], description: str | None = None) -> Any:
+    """`command(settings)` with settings from the command line."""
+    with guard():
+        return command(parse(config_class, description=description))
+
+
+def parse(
+    config_class: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
+    """A `config_class` from `argv` (default: the command line); InputError names setting, value and remedy.
+
+    defaults: values (nested, or under dotted names) instead of the class's own.
+    """
+    files, overrides = _split(sys.argv[1:] if argv is None else argv)
+    hints = dict(_settings(config_class))
+    for file in files:
+        _check_file(Path(file), hints)
+    overrides = list(_spelled_out(overrides, hints))
+    _check_options(overrides, hints)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below; may be repeated")
+    parser.add_class_arguments(config_class)
+    parser.set_defaults(dict(_defaults(defaults or {}, hints)))
+    try:
+        namespace = parser.parse_args([*(f"--config={file}" for file in files), *overrides])  # left to right
+        del namespace["config"]
+        for name, hint in hints.items():
+            group = name.rpartition(".")[0]
+            if not group or namespace.get(group) is not None:  # an optional group that is null has no members
+                _check_value(name, namespace.get(name), hint)
+        return config_class(**parser.instantiate(namespace).as_dict())
+    except ArgumentError as error:
+        raise InputError(_in_plain_words(str(error), hints)) from error
+
+
+def from_plain(config_class: type[T], settings: Mapping[str, Any]) -> T:
+    """A `config_class` from what `dataclasses.asdict` made of one, also by way of JSON; checked like a command line."""
+    return parse(config_class, [], defaults=settings)
+
+
+# --- what settings there are ---
+
+
+def _defaults(values: Mapping[str, Any], hints: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """As jsonargparse wants them: members of a group under dotted names, those of a group that may be null together."""
+    for name, value in values.items():
+        if prefix + name not in hints:
+            raise InputError(f"There is no setting {prefix + name}. {_suggest(prefix + name, list(hints))}")
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[prefix + name]):
+            yield from _defaults(value, hints, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _settings(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every setting, groups before their members."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        yield prefix + field.name, hints[field.name]
+        for member in _members(hints[field.name]):
+            if dataclasses.is_dataclass(member):
+                yield from _settings(typing.cast(type, member), f"{prefix}{field.name}.")
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _is_group(hint: Any) -> bool:
+    return any(map(dataclasses.is_dataclass, _members(hint)))
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    names = ["null" if member is type(None) else getattr(member, "__name__", str(member)) for member in _members(hint)]
+    return str(hint) if typing.get_origin(hint) in (list, tuple, dict) else " or ".join(names)
+
+
+def _suggest(name: str, names: Sequence[str]) -> str:
+    """The nearest setting, also if only its last part is near: clip_rang -> ppo.clip_range; in commands of GRPO, what to
+    set for a name that users of TRL know."""
+    if "grpo" in names and (hint := instead(name)) is not None:
+        return hint
+    leaves = {known.rpartition(".")[2]: known for known in reversed(names)}
+    close = get_close_matches(name, names, n=1) or [
+        leaves[leaf] for leaf in get_close_matches(name.rpartition(".")[2], leaves, n=1)
+    ]
+    return f"Did you mean {close[0]!r}?" if close else "See --help for all settings."
+
+
+# --- checks before jsonargparse reads ---
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The configuration files and all other arguments."""
+    files, others, remaining = [], [], iter(arguments)
+    for argument in remaining:
+        if argument == "--config":
+            files.append(next(remaining, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.partition("=")[2])
+        else:
+            others.append(argument)
+    return files, others
+
+
+def _spelled_out(arguments: Sequence[str], hints: dict[str, Any]) -> Iterator[str]:
+    """Two shorthands: a bare `--resume` means `--resume=true` where a setting may be true, and `--reward a --reward b`
+    means `--reward=["a", "b"]` where it is a list of text."""
+    lists: set[str] = set()
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        name, equals, value = argument[2:].partition("=")
+        hint = hints.get(name) if argument.startswith("--") else None
+        if hint is None or _is_group(hint):
+            yield argument
+            continue
+        if not equals and remaining and not remaining[0].startswith("--"):
+            equals, value = "=", remaining.pop(0)
+        if not equals:
+            yield f"{argument}=true" if bool in _members(hint) else argument
+        elif hint == list[str] and not value.startswith("["):
+            yield f"--{name}+={value}" if name in lists else f"--{name}={json.dumps([value])}"
+            lists.add(name)
+        else:
+            yield f"--{name}={value}"
+
+
+def _check_options(arguments: list[str], hints: dict[str, Any]) -> None:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if not argument.startswith("--"):
+            continue
+        name, _, value = argument[2:].partition("=")
+        name = name.removesuffix("+").removesuffix(".help")
+        if name not in hints and name not in OWN_OPTIONS:
+            raise InputError(f"There is no setting --{name}. {_suggest(name, list(hints))}")
+        if name in hints and _is_group(hints[name]) and not re.match(r"null$|\{|$|--", value or following):
+            raise InputError(f"--{name}={value or following}: it is a group of settings. Set one: --{name}.NAME VALUE.")
+
+
+def _check_file(path: Path, hints: dict[str, Any]) -> None:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror}. Give a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not YAML: {' '.join(str(error).split())}. Repair it.") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"--config {path} holds no settings. Write them as `name: value` lines.")
+    _check_mapping(root, "", f"--config {path}", hints, {})
+
+
+def _check_mapping(node: Any, prefix: str, where: str, hints: dict[str, Any], seen: dict[str, int]) -> None:
+    """`seen`: dotted name -> line, of the whole file, because `a: {b: 1}` and `a.b: 1` mean the same."""
+    for key, value in node.value:
+        name, line = prefix + str(key.value), key.start_mark.line + 1
+        place = f"{where}, line {line}"
+        if name in seen:
+            raise InputError(f"{place}: {name} is set a second time (first in line {seen[name]}). Remove one.")
+        if name not in hints:
+            raise InputError(f"{place}: there is no setting {name!r}. {_suggest(name, list(hints))}")
+        seen[name] = line
+        if _is_group(hints[name]) and isinstance(value, yaml.MappingNode):
+            _check_mapping(value, f"{name}.", where, hints, seen)
+        elif _is_group(hints[name]) and not (value.tag.endswith(":null") and type(None) in _members(hints[name])):
+            raise InputError(f"{place}: {name} is a group of settings. Write its members below it, indented.")
+
+
+# --- checks after, and messages ---
+
+
+def _check_value(name: str, value: Any, hint: Any) -> None:
+    if value is None and hint is not Any and type(None) not in _members(hint):
+        raise InputError(f"{name} is null, but must be {_type_name(hint)}. Give a value or leave it out.")
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise InputError(f"{name}={value} is not a finite number. Give a finite one.")
+
+
+def _in_plain_words(message: str, hints: dict[str, Any]) -> str:
+    found = re.search(r'Parser key "([\w.]+)"', message)
+    value = re.findall(r"(?:Got|Given) value: (.*)", message)
+    if found and value and found[1] in hints:
+        wanted = _type_name(hints[found[1]])
+        quote = " Quote it if it is text." if value[-1] in ("True", "False") and "str" in wanted else ""
+        return f"{found[1]}={value[-1]} is mistyped: it must be {wanted}. Change it.{quote}"
+    return " ".join(message.split()).rstrip(".") + ". See --help for all settings."

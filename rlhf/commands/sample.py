@@ -1,0 +1,107 @@
+"""`python -m rlhf.commands.sample MODEL`: prompts in, completions out. MODEL is a directory or hub name."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.commands.cli import guard
+from rlhf.core.random import SAMPLING
+from rlhf.data.prompts import PromptDataset
+from rlhf.errors import InputError
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.rollout.in_process import Completion, Draws, GenerationConfig, end_tokens, generate
+
+
+def complete(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict[str, str]],
+    config: GenerationConfig,
+    *,
+    num_completions: int,
+    seed: int,
+    turn: int = 0,
+    greedy: bool = False,
+) -> list[Completion]:
+    """Completions of one prompt, text or messages; equal seeds and turns give equal completions."""
+    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", 2**20) - config.max_new_tokens
+    if limit < 1:
+        raise InputError(f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt. Lower it.")
+    data = PromptDataset.build(_rows(prompt), tokenizer, max_prompt_tokens=limit, setting="prompt")
+    return generate(
+        lm,
+        [data[0].ids],
+        config,
+        draws=Draws(seed=seed, stream=SAMPLING, step=turn, slots=[0]),
+        eos_ids=end_tokens(lm, tokenizer.eos_token_id),
+        num_completions=num_completions,
+        greedy=greedy,
+    )
+
+
+def _rows(prompt: str | list[dict[str, str]]) -> Dataset:
+    return Dataset.from_list([{"prompt": prompt}])
+
+
+def _prompts(interactive: bool) -> Iterator[str]:
+    """Lines of standard input until its end or an empty one."""
+    while True:
+        try:
+            line = input("prompt> " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf.commands.sample", description="Type a prompt, see completions."
+    )
+    parser.add_argument("model", help="directory or hub name of a causal LM")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--num_completions", type=int, default=3)
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, one completion")
+    parser.add_argument(
+        "--chat", action="store_true", help="send the prompt as a user's message, through the chat template"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+@guard()
+def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    arguments = _arguments()
+    if arguments.num_completions < 1 or not 0 <= arguments.seed < 2**32:
+        raise InputError("num_completions must be at least 1, and seed in [0, 2**32).")
+    config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature)
+    tokenizer, lm = load_tokenizer(arguments.model, setting="model"), load_causal_lm(arguments.model, setting="model")
+    lm.eval()
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("An empty line ends.")
+    for turn, line in enumerate(_prompts(interactive)):
+        completions = complete(
+            lm,
+            tokenizer,
+            [{"role": "user", "content": line}] if arguments.chat else line,
+            config,
+            num_completions=1 if arguments.greedy else arguments.num_completions,
+            seed=arguments.seed,
+            turn=turn,
+            greedy=arguments.greedy,
+        )
+        for completion in completions:
+            text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+            print(f"- {text}{'' if completion.ended else ' [cut by max_new_tokens]'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Data sets: from rows to prompts, completions and preference pairs as token ids.
+
+Formats, each with plain strings or with conversations (lists of `{"role", "content"}` messages):
+
+    prompt-only        prompt                     (or messages: what comes before a final assistant turn)
+    prompt-completion  prompt, completion         (or messages: the final assistant turn is the completion)
+    preference         prompt, chosen, rejected   (without prompt: the messages that both conversations begin with)
+
+All other columns stay with their prompt and reach the reward functions. Rows are counted from 0 in every message.
+`load_rows` (rows.py) reads files, directories and the hub; how text becomes ids is in tokenization.py.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+
+from rlhf.core.random import DATA_ORDER, permutation
+from rlhf.data.rows import (
+    Row,
+    RowProblems,
+    checked,
+    prompt_reader,
+)
+from rlhf.data.tokenization import Encoder, Message, Text, text_problem
+from rlhf.errors import InputError, excerpt
+
+TooLong = Literal["error", "drop", "truncate_left"]
+
+
+# --- prompts to sample from ---
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `ids`: what the policy is given, without padding. `prompt`: what the user wrote, also where `ids` is
+    cut; reward functions see this. `columns`: the row's other columns, for example a reference answer."""
+
+    ids: list[int]
+    prompt: Text
+    columns: Row
+
+
+class PromptDataset:
+    """Prompts as token ids, and the order in which training visits them. Made by `PromptDataset.build`."""
+
+    def __init__(self, rows: Dataset, kept: list[int], ids: list[list[int]], truncated: int, setting: str) -> None:
+        self._rows, self._kept, self._ids = rows, kept, ids
+        self._source, self._read = prompt_reader(rows.column_names, setting)
+        self.dropped, self.truncated = len(rows) - len(kept), truncated
+
+    @classmethod
+    def build(
+        cls,
+        rows: Dataset,
+        tokenizer: Any,
+        *,
+        max_prompt_tokens: int,
+        prompt_too_long: TooLong = "error",
+        setting: str = "dataset",
+    ) -> "PromptDataset":
+        """Checks and tokenises every prompt now, so that no bad row stops a run later.
+
+        prompt_too_long: what happens to a prompt of more than `max_prompt_tokens` (BOS and template included):
+        "error"; "drop" the row; "truncate_left" cuts the beginning of plain text (BOS stays), and of a conversation
+        drops whole leading turns, up to the next user turn, keeping the system message. Template tokens are never cut.
+        InputError for empty, None and non-text prompts, with their row numbers.
+        """
+        if max_prompt_tokens < 1 or prompt_too_long not in ("error", "drop", "truncate_left"):
+            raise InputError(
+                f"max_prompt_tokens={max_prompt_tokens}, prompt_too_long={prompt_too_long!r}: use at least 1 token and "
+                "one of error, drop, truncate_left."
+            )
+        rows, encoder = checked(rows, setting), Encoder(tokenizer)
+        prompts, ids = _encode_prompts(rows, encoder, setting)
+        long = [i for i, tokens in enumerate(ids) if len(tokens) > max_prompt_tokens]
+        if prompt_too_long == "error":
+            _refuse_long(ids, long, max_prompt_tokens, setting)
+        elif prompt_too_long == "truncate_left":
+            _truncate(ids, prompts, long, encoder, max_prompt_tokens, setting)
+            return cls(rows, list(range(len(rows))), ids, len(long), setting)
+        kept = [i for i, tokens in enumerate(ids) if len(tokens) <= max_prompt_tokens]
+        if not kept:
+            raise InputError(
+                f"{setting}: all {len(rows)} prompts are longer than max_prompt_tokens={max_prompt_tokens}, so that "
+                "none is left. Raise max_prompt_tokens or set prompt_too_long=truncate_left."
+            )
+        return cls(rows, kept, [ids[i] for i in kept], 0, setting)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Prompt:
+        row = self._rows[self._kept[index]]
+        columns = {name: value for name, value in row.items() if name != self._source}
+        return Prompt(self._ids[index], self._read(row), columns)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self._ids))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all ids in order: equal in every process for the same data, tokenizer and limits."""
+        digest = hashlib.sha256()
+        for ids in self._ids:
+            digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    def step_indices(self, cursor: int, count: int, seed: int) -> list[int]:
+        """Which prompts fill the `count` slots that follow the first `cursor` ones of the run.
+
+        Position p lies in epoch p // len, and each epoch is its own permutation of all prompts: a pure function of
+        (seed, p), so that there is no state to save and it does not matter how steps or processes share the slots.
+        """
+        if cursor < 0 or count < 0:
+            raise ValueError(f"cursor and count must not be negative, got {cursor} and {count}")
+        positions = (divmod(p, len(self)) for p in range(cursor, cursor + count))
+        return [_epoch_order(len(self), seed, epoch)[offset] for epoch, offset in positions]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+    return permutation(size, seed, DATA_ORDER, epoch).tolist()
+
+
+def _encode_prompts(rows: Dataset, encoder: Encoder, setting: str) -> tuple[list[Text], list[list[int]]]:
+    """All prompts and their ids; InputError names the rows that are empty, no text, or refused by the template."""
+    _, read = prompt_reader(rows.column_names, setting)
+    problems = RowProblems(setting, "prompts", len(rows))
+    prompts, texts = [], []
+    for i, row in enumerate(rows):
+        try:
+            prompt = read(row)
+            problem = text_problem(prompt) or ("an empty prompt" if prompt == "" else None)
+            if problem is None:
+                prompts.append(prompt)
+                texts.append(encoder.text(prompt))
+        except InputError as error:
+            problem = str(error)
+        if problem:
+            problems.add(i, problem)
+    problems.check()
+    ids = encoder.encode(texts)
+    for i, tokens in enumerate(ids):
+        if len(tokens) <= len(encoder.prefix):
+            problems.add(i, f"{excerpt(prompts[i])} gives no tokens")
+    problems.check()
+    return prompts, ids
+
+
+def _refuse_long(ids: list[list[int]], long: list[int], limit: int, setting: str) -> None:
+    if long:
+        longest = max(long, key=lambda i: len(ids[i]))
+        raise InputError(
+            f"{setting}: {len(long)} of {len(ids)} prompts are longer than max_prompt_tokens={limit} (first: row "
+            f"{long[0]}; longest: row {longest} with {len(ids[longest])} tokens; rows count from 0). "
+            "Raise max_prompt_tokens or set prompt_too_long to drop or truncate_left."
+        )
+
+
+def _truncate(
+    ids: list[list[int]], prompts: list[Text], long: list[int], encoder: Encoder, limit: int, setting: str
+) -> None:
+    """Shortens the prompts `long` in `ids` to at most `limit` tokens, from the left."""
+    problems = RowProblems(
+        setting, "prompts", len(ids), f"Raise max_prompt_tokens={limit} or set prompt_too_long=drop."
+    )
+    for i in long:
+        prompt, prefix = prompts[i], encoder.prefix
+        if isinstance(prompt, list):
+            candidates = (encoder.prompts([messages])[0] for messages in _shorter(prompt))
+            shorter = next((tokens for tokens in candidates if len(tokens) <= limit), [])
+        else:
+            shorter = prefix + ids[i][len(ids[i]) - limit + len(prefix) :] if limit > len(prefix) else []
+        if not shorter:
+            problems.add(i, f"its last user turn alone is longer than {limit} tokens")
+        ids[i] = shorter
+    problems.check()
+
+
+def _shorter(messages: list[Message]) -> Iterator[list[Message]]:
+    """The conversation without its first turns, then without more of them; system messages stay, a user turn leads."""
+    system = [message for message in messages if message["role"] == "system"]
+    turns = [message for message in messages if message["role"] != "system"]
+    for start in range(1, len(turns)):
+        if turns[start]["role"] == "user":
+            yield system + turns[start:]
+
+
+# --- completions to imitate, pairs to compare ---

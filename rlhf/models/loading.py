@@ -1,0 +1,54 @@
+"""Loading language models and tokenizers, with errors that a user understands."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import InputError
+
+
+def load_tokenizer(path: str, *, setting: str = "tokenizer") -> PreTrainedTokenizerBase:
+    return _load(AutoTokenizer, path, setting)
+
+
+def load_causal_lm(path: str, *, setting: str = "policy") -> PreTrainedModel:
+    """Float32 weights: updates of 1e-6 vanish in bfloat16. Set the trainer's precision for faster arithmetic."""
+    return _load(AutoModelForCausalLM, path, setting, dtype=torch.float32)
+
+
+def _load(loader: Any, path: str, setting: str, **options: Any) -> Any:
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
+        raise InputError(
+            f"{setting}: there is no directory {path!r}. Give a directory saved by save_pretrained or a hub name."
+        )
+    try:
+        return loader.from_pretrained(
+            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{setting}: cannot load {path!r} ({reason}). Give a directory saved by save_pretrained or a hub name."
+        ) from error
+
+
+def check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every token the tokenizer can produce must have an embedding."""
+    size = int(lm.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    if len(tokenizer) > size:
+        raise InputError(
+            f"tokenizer: it has {len(tokenizer)} tokens, but the policy embeds only {size}. Use the policy's own "
+            "tokenizer, or call policy.resize_token_embeddings(len(tokenizer)) before training."
+        )
+
+
+def check_precision(lm: PreTrainedModel) -> None:
+    """Weights that are trained must be float32 or wider."""
+    narrow = sorted({str(p.dtype) for p in lm.parameters() if p.requires_grad and p.dtype.itemsize < 4})
+    if narrow:
+        raise InputError(
+            f"policy: its weights are {', '.join(narrow)}, in which small updates vanish. Load it in float32, or call "
+            'policy.float(); precision="bfloat16" still computes in bfloat16.'
+        )

@@ -1,0 +1,1 @@
+"""Completions -> scores, from functions and from models."""

@@ -1,0 +1,281 @@
+"""How one reward function is called: with a deadline, in this process or in one of its own, and its failures named.
+
+A function object is called in this process, so that it may share state with the script that made it. `isolated(f)` is
+the same function in a worker process of its own, as are the functions named on a command line: nothing that it does
+(an endless loop, a crash, os._exit) can hang or end the run. In this process the deadline interrupts Python code, `re`,
+sleeping and waiting; C code that does not return ends the process after `GRACE_S` more, with the traceback on stderr.
+A `RewardModel` has no deadline.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import inspect
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from rlhf.errors import InputError, excerpt
+from rlhf.isolation.worker_process import message_of, place, plain
+from rlhf.isolation.workers import Worker, WorkerDied, WorkerError, WorkerTimeout
+from rlhf.rewards.functions import Signature, name_of, signature_of
+from rlhf.rewards.model import RewardModel
+
+SEARCH_S = 5.0
+"""How long a failed function may be called again, row by row, to find the row it fails on."""
+ROW_S = 1.0
+"""How long one row may take in the search for the row on which a function hangs."""
+GRACE_S = 30.0
+"""How long after the deadline a process ends whose reward function cannot be interrupted."""
+Wait = Callable[[], Any]
+
+
+class DeadlinePassed(BaseException):
+    """Raised in a function of this process. No Exception: `except Exception: score = 0` must not swallow it."""
+
+
+Failure = (Exception, SystemExit, DeadlinePassed)
+"""What a function may raise that is then named; Ctrl-C is the user's."""
+
+
+# --- in a process of its own ---
+
+
+class Isolated:
+    """`function` in a worker process of its own: see `isolated`."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.__wrapped__ = function  # where inspect finds the signature
+        self.__name__, self.__doc__ = name_of(function), function.__doc__
+        self.worker = Worker(_Recorded(function))
+
+    def __call__(self, **keywords: Any) -> Any:
+        return self.within(None, keywords)
+
+    def within(self, timeout_s: float | None, keywords: dict[str, Any]) -> Any:
+        """The answer. What the function logs is recorded there and logged here, after it returned."""
+        tools = {name: keywords[name] for name in ("log_extra", "log_metric") if name in keywords}
+        answer, logged = self.worker.call(keywords | dict.fromkeys(tools), timeout_s)
+        for tool, name, value in logged:
+            tools[tool](name, value)
+        return answer
+
+
+def isolated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the same name and signature, run in a worker process of its own, which is forked now.
+
+    Make it before a model is loaded. It sees what existed then; what it changes stays in its process, which lives on
+    from call to call and is replaced if it dies. Its answer must be plain data: numbers, None, text, lists.
+    """
+    return Isolated(function) if hasattr(os, "fork") else function
+
+
+class _Recorded:
+    """Runs in the worker: [answer, what was logged]."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.__name__ = function, name_of(function)
+        self._loop: asyncio.AbstractEventLoop | None = None  # kept, as are the clients opened in it
+
+    def __call__(self, **keywords: Any) -> Any:
+        logged: list[Any] = []
+        for tool in {"log_extra", "log_metric"} & keywords.keys():
+            keywords[tool] = lambda name, value, tool=tool: logged.append([tool, str(name), plain(value)])
+        answer = self.function(**keywords)
+        if inspect.isawaitable(answer):
+            self._loop = self._loop or asyncio.new_event_loop()
+            answer = self._loop.run_until_complete(_waited(answer))
+        return [answer, logged]
+
+
+# --- in this process ---
+
+
+def call_within(timeout_s: float | None, function: Callable[..., Any], keywords: dict[str, Any]) -> Any:
+    """The function's answer; DeadlinePassed is raised in it after `timeout_s`, and each second again if it swallows it.
+
+    Only in the main thread of a system with SIGALRM. What the function does to the alarm itself stays its own business.
+    """
+    if timeout_s is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        return function(**keywords)
+    running = True
+
+    def ring(number: int, frame: Any) -> None:
+        if running:
+            raise DeadlinePassed
+
+    before = signal.signal(signal.SIGALRM, ring)
+    seconds, interval = signal.setitimer(signal.ITIMER_REAL, max(timeout_s, 1e-3), 1.0)
+    started = time.monotonic()
+    try:
+        try:
+            return function(**keywords)
+        finally:
+            running = False
+    finally:  # also if it rings on the way out
+        left = max(1e-3, seconds - (time.monotonic() - started)) if seconds else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def last_resort(timeout_s: float | None) -> Iterator[None]:
+    """Ends this process `GRACE_S` after the deadline, whatever it does then: better than holding the others for ever."""
+    if timeout_s is None or sys.__stderr__ is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(timeout_s + GRACE_S, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class EventLoop:
+    """An asyncio loop in a thread of its own, started on first use and kept: clients that an async reward opens stay
+    usable from step to step, and a loop that already runs here (a notebook) does not matter."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, awaitable: Awaitable[Any]) -> Future[Any]:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(_caught(awaitable), self._loop)
+
+    def abandon(self) -> None:
+        """A function may never give it back: the next one gets a new loop."""
+        self._loop = None
+
+
+async def _waited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+async def _caught(awaitable: Awaitable[Any]) -> Any:
+    try:
+        return await awaitable
+    except SystemExit as error:  # raised on, it would end the loop, and nobody would learn of it
+        return error
+
+
+# --- either ---
+
+
+class RewardCall:
+    """One reward function as `Rewards` calls it."""
+
+    def __init__(self, function: Callable[..., Any], name: str, loop: EventLoop) -> None:
+        self.function, self.name, self.loop = function, name, loop
+        self.signature: Signature = signature_of(function)
+        self.order = 0 if isinstance(function, Isolated) else 1 if self.signature.is_async else 2
+        """Those that run elsewhere start first, so that they run while others compute here."""
+
+    def start(self, keywords: dict[str, Any], timeout_s: float | None) -> tuple[Wait, Callable[[], Any]]:
+        """Begins the call. Returns what waits for its answer, and what gives it up; a sync function has answered."""
+        keywords = self.signature.select(keywords)
+        if isinstance(self.function, Isolated):
+            return self._in_worker(self.function, keywords, timeout_s)
+        timeout_s = None if isinstance(self.function, RewardModel) else timeout_s
+        give_up = None if timeout_s is None else time.monotonic() + timeout_s
+        with last_resort(timeout_s):
+            answer = call_within(timeout_s, self.function, keywords)
+        if not inspect.isawaitable(answer):
+            return lambda: answer, lambda: None
+        future = self.loop.start(answer)
+        return lambda: self._awaited(future, give_up), future.cancel
+
+    def _in_worker(
+        self, function: Isolated, keywords: dict[str, Any], timeout_s: float | None
+    ) -> tuple[Wait, Callable[[], Any]]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function.within(timeout_s, keywords))
+            except BaseException as error:
+                future.set_exception(error)
+
+        thread = threading.Thread(target=run, name=f"waits-for-{self.name}", daemon=True)
+        thread.start()
+
+        def give_up() -> None:
+            while not future.done():
+                function.worker.interrupt()
+                thread.join(0.1)
+
+        return future.result, give_up
+
+    def _awaited(self, future: Future[Any], give_up: float | None) -> Any:
+        seconds = None if give_up is None else max(0.0, give_up - time.monotonic())
+        try:
+            with last_resort(seconds):
+                answer = future.result(seconds)
+        except TimeoutError:
+            if future.done():  # the function's own
+                raise
+            future.cancel()
+            self.loop.abandon()
+            raise DeadlinePassed from None
+        if isinstance(answer, SystemExit):
+            raise answer
+        return answer
+
+    def failure(
+        self, error: BaseException, inputs: dict[str, list[Any]], tools: dict[str, Any], timeout_s: float | None
+    ) -> InputError:
+        """Names function, row and line of the user's code. A RewardModel's own InputError is passed on as it is."""
+        if isinstance(error, InputError):
+            return error
+        late = isinstance(error, DeadlinePassed | WorkerTimeout)
+        row = self._failing_row(error, inputs, tools, ROW_S if late else SEARCH_S)
+        text = f"prompt {excerpt(inputs['prompts'][row or 0])}, completion {excerpt(inputs['completions'][row or 0])}"
+        if late:
+            where = "No single row" if row is None else f"Row {row} alone"
+            return InputError(
+                f"Reward function {self.name!r} did not return within reward_timeout_s={timeout_s:g} on "
+                f"{len(inputs['prompts'])} completions. {where} takes longer than {ROW_S:g} s: {text}. Give the "
+                "function a time limit of its own and return None for rows it cannot judge, or raise reward_timeout_s."
+            )
+        where = "only on the whole batch, which begins with" if row is None else f"on row {row},"
+        return InputError(
+            f"Reward function {self.name!r} {self._what(error)}. It fails {where} {text}. "
+            "Repair it, or return None for rows it cannot judge."
+        )
+
+    def _what(self, error: BaseException) -> str:
+        if isinstance(error, WorkerDied):
+            return f"ended its process: {error}"
+        if isinstance(error, WorkerError):
+            return f"raised {error}"
+        return f"raised {type(error).__name__}: {message_of(error)} (at {place(error, self.function)})"
+
+    def _failing_row(
+        self, error: BaseException, inputs: dict[str, list[Any]], tools: dict[str, Any], row_s: float
+    ) -> int | None:
+        """The first row on which the function, given that row alone, fails the same; None if none is found in time."""
+        ignore = {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}
+        give_up = time.monotonic() + SEARCH_S
+        for row in range(len(inputs["prompts"])):
+            seconds = min(row_s, give_up - time.monotonic())
+            if seconds <= 0:
+                return None
+            try:
+                alone = {name: [values[row]] for name, values in inputs.items()}
+                self.start(alone | tools | ignore, seconds)[0]()
+            except Failure as again:
+                if _alike(error, again):
+                    return row
+        return None
+
+
+def _alike(error: BaseException, again: BaseException) -> bool:
+    if isinstance(error, WorkerError) and isinstance(again, WorkerError):
+        return error.type_name == again.type_name
+    return type(error) is type(again)

@@ -1,0 +1,244 @@
+"""Scores for completions: reward functions as users write them, several of them with weights, every answer checked.
+
+A reward function is called with keywords and returns one number, or None for "not applicable", per completion:
+
+    def shorter(completions, **columns):                      # sync or async; a callable object will do too
+        return [-len(text) / 100 for text in completions]
+
+Keywords: `prompts`, `completions`, `completion_ids`, every other column of the data set (one value per completion),
+`trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`. A function without `**kwargs` is given those
+it names. `completions` are strings, or `[{"role": "assistant", "content": text}]` where prompts are conversations.
+
+A function passed in Python runs in this process; one named on a command line, or wrapped by `isolated`, in its own.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from rlhf.data.tokenization import Text
+from rlhf.errors import InputError, excerpt
+from rlhf.rewards.calls import EventLoop, Failure, RewardCall
+from rlhf.rewards.functions import as_float, check_scores, name_of
+
+_STD = re.compile("rewards/[^/]+/std")
+STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardResult:
+    """What all functions said about one batch of completions."""
+
+    scores: list[float]
+    """Weighted sum over the functions that did not abstain; NaN where all did (only with `allow_unscored`)."""
+    per_function: dict[str, list[float | None]]
+    totals: dict[str, tuple[float, float]]
+    """name -> (sum, count): add both over processes, then divide; the mean then does not depend on the processes.
+
+    "rewards/<function>/std" holds the sum of squares: see `deviations`."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns from `log_extra`, for tables of completions."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """This batch's mean of each of `totals`, or deviation; names without a value are left out."""
+        return deviations({name: total / count for name, (total, count) in self.totals.items() if count})
+
+
+class Rewards:
+    """One or several reward functions as one. `Rewards([length, RewardModel.load(path)], weights=[0.1, 1.0])`.
+
+    timeout_s: how long one call of one function on one batch may take, see calls.py; None waits for ever.
+    """
+
+    def __init__(
+        self,
+        functions: Callable[..., Any] | Sequence[Callable[..., Any]],
+        *,
+        weights: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.functions = [functions] if callable(functions) else list(functions)
+        self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
+        self.names = _unique(map(name_of, self.functions)) if names is None else list(names)
+        if not self.functions:
+            raise InputError("rewards: there is no reward. Give at least one reward function or reward model.")
+        for function in self.functions:
+            if not callable(function):
+                raise InputError(f"rewards: {excerpt(function)} cannot be called. Give a function or a RewardModel.")
+        if len(self.weights) != len(self.functions) or not all(map(math.isfinite, self.weights)):
+            raise InputError(
+                f"reward_weights={self.weights}: give one finite number for each of {len(self.names)} rewards."
+            )
+        if len(set(self.names)) != len(self.functions):
+            raise InputError(f"reward names={self.names}: give {len(self.functions)} different names.")
+        if timeout_s is not None and not 0 < timeout_s < math.inf:
+            raise InputError(f"reward_timeout_s={timeout_s}: give a number of seconds above 0, or null for no limit.")
+        self.timeout_s = timeout_s
+        loop = EventLoop()
+        self._calls = [RewardCall(f, name, loop) for f, name in zip(self.functions, self.names, strict=True)]
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """InputError, before anything is generated, if a function needs a column that the data set does not have."""
+        columns = list(columns)
+        for reserved in (*STANDARD, "prompt_ids"):
+            if reserved in columns:
+                raise InputError(
+                    f"The data set has a column {reserved!r}, a name reward functions get from us. Rename it."
+                )
+        for call in self._calls:
+            missing = [p for p in call.signature.required if p not in (*columns, *STANDARD, "prompt_ids")]
+            if missing:
+                close = get_close_matches(missing[0], [*columns, *STANDARD], n=1)
+                hint = f"Did you mean {close[0]!r}? " if close else ""
+                raise InputError(
+                    f"Reward function {call.name!r} needs {', '.join(map(repr, missing))}, but the data set has the "
+                    f"columns {', '.join(columns) or 'none'} besides the prompt. {hint}Rename the parameter or the column, "
+                    "or give the parameter a default."
+                )
+
+    def __call__(
+        self,
+        *,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+        trainer_state: Any = None,
+        allow_unscored: bool = False,
+    ) -> RewardResult:
+        """Scores one batch; all sequences, also those in `columns`, have one entry per completion.
+
+        Async and isolated functions run while others compute. InputError names function, row (of
+        this batch, from 0) and value when a function fails or returns nonsense. A row on which every function abstains
+        is an error, or NaN with `allow_unscored`.
+        """
+        log = _Log(len(completions))
+        if isinstance(trainer_state, Mapping):
+            trainer_state = TrainerState(trainer_state)
+        self.check_columns(columns or {})
+        inputs = {name: list(values) for name, values in (columns or {}).items()}
+        inputs |= {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
+        tools = {"trainer_state": trainer_state, "log_extra": log.extra, "log_metric": log.metric}
+        if prompt_ids is not None:
+            inputs["prompt_ids"] = list(prompt_ids)
+        answers = self._call_all(inputs, tools)
+        per_function = {
+            name: check_scores(answer, len(completions), name, prompts)
+            for name, answer in zip(self.names, answers, strict=True)
+        }
+        scores = [self._weighted(row) for row in zip(*per_function.values(), strict=True)]
+        unscored = [i for i, score in enumerate(scores) if math.isnan(score)]
+        if unscored and not allow_unscored:
+            raise InputError(
+                f"{len(unscored)} of {len(scores)} completions have no score: every reward function returned None for "
+                f"row {unscored[0]} (prompt {excerpt(prompts[unscored[0]])}). Let one of them return a number."
+            )
+        return RewardResult(
+            scores=scores,
+            per_function=per_function,
+            totals=_totals(per_function) | _custom(log.metrics) | {"rewards/unscored": (len(unscored), len(scores))},
+            extra=log.columns,
+        )
+
+    def _weighted(self, row: Sequence[float | None]) -> float:
+        said = [weight * score for weight, score in zip(self.weights, row, strict=True) if score is not None]
+        return sum(said) if said else math.nan
+
+    def _call_all(self, inputs: dict[str, list[Any]], tools: dict[str, Any]) -> list[Any]:
+        """Every function's raw answer, in order. Those that run elsewhere start first: they work while others compute."""
+        waiting: list[tuple[int, Callable[[], Any], Callable[[], Any]]] = []
+        answers: list[Any] = [None] * len(self._calls)
+        at = 0
+        try:
+            for at in sorted(range(len(self._calls)), key=lambda i: self._calls[i].order):
+                waiting.append((at, *self._calls[at].start({**inputs, **tools}, self.timeout_s)))
+            for at, wait, _ in waiting:
+                answers[at] = wait()
+        except Failure as error:
+            raise self._calls[at].failure(error, inputs, tools, self.timeout_s) from error
+        finally:
+            for _, _, give_up in waiting:
+                give_up()
+        return answers
+
+
+class TrainerState(dict[str, Any]):
+    """`trainer_state["global_step"]`, and the same as an attribute, as functions written for other libraries read it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"trainer_state has no {name!r}; it has {', '.join(self)}")
+        return self[name]
+
+
+def completion_texts(prompts: Sequence[Text], completion_ids: Sequence[Sequence[int]], tokenizer: Any) -> list[Text]:
+    """Completions as reward functions see them: decoded without special tokens; an assistant turn for conversations."""
+    texts = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completion_ids]
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def _custom(logged: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """What a function logs as "accuracy" is reported as "custom/accuracy"; a slash would make it another name."""
+    return {f"custom/{name.removeprefix('custom/').replace('/', '_')}": pair for name, pair in logged.items()}
+
+
+def _totals(per_function: Mapping[str, Sequence[float | None]]) -> dict[str, tuple[float, float]]:
+    totals = {}
+    for name, scores in per_function.items():
+        said = [score for score in scores if score is not None]
+        totals[f"rewards/{name}/mean"] = (math.fsum(said), float(len(said)))
+        totals[f"rewards/{name}/std"] = (math.fsum(score * score for score in said), float(len(said)))
+        totals[f"rewards/{name}/abstained"] = (float(len(scores) - len(said)), float(len(scores)))
+    return totals
+
+
+def deviations(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`metrics` with each mean square "rewards/<function>/std" replaced by the standard deviation (of the population)."""
+    means = {name: metrics[f"{name[:-3]}mean"] for name in metrics if _STD.fullmatch(name)}
+    return {**metrics, **{name: deviation(metrics[name], mean) for name, mean in means.items()}}
+
+
+def deviation(mean_square: float, mean: float) -> float:
+    """Standard deviation; 0 where the difference is rounding, so that equal scores have none."""
+    variance = mean_square - mean * mean
+    return variance**0.5 if variance > 1e-14 * mean_square else 0.0
+
+
+class _Log:
+    """What functions report through `log_extra` and `log_metric` during one batch."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.columns: dict[str, list[Any]] = {}
+        self.metrics: dict[str, tuple[float, float]] = {}
+
+    def extra(self, column: str, values: Sequence[Any]) -> None:
+        if len(values) != self.num_rows:
+            raise InputError(
+                f"log_extra({column!r}) got {len(values)} values. Give one for each of {self.num_rows} rows."
+            )
+        self.columns[column] = list(values)
+
+    def metric(self, name: str, value: float) -> None:
+        number = as_float(value)
+        if number is None or not math.isfinite(number):
+            raise InputError(f"log_metric({name!r}) got {excerpt(value)}. Give a finite number.")
+        total, count = self.metrics.get(name, (0.0, 0.0))
+        self.metrics[name] = (total + number, count + 1)
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    taken: list[str] = []
+    for name in names:
+        number = next(n for n in range(1, len(taken) + 2) if (name if n == 1 else f"{name}_{n}") not in taken)
+        taken.append(name if number == 1 else f"{name}_{number}")
+    return taken

@@ -1,0 +1,121 @@
+"""The files of JSON lines that a run leaves."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import InputError, TrainingError
+
+METRICS_FILE, TIMES_FILE = "metrics.jsonl", "times.jsonl"
+
+
+class JsonLines:
+    """A file of JSON objects, one per line and each with its "step", that a resumed run continues to the byte."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab")  # noqa: SIM115
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """Sorted keys, all digits; on the disk's cache when it returns."""
+        try:
+            self._file.write(
+                json.dumps({**record, "step": step}, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n"
+            )
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be written at step {step}: {error}") from error
+
+    def sync(self) -> None:
+        """Put what was written on the disk: call it before the checkpoint of the step is written."""
+        os.fsync(self._file.fileno())
+
+    def truncate_to(self, step: int) -> None:
+        """Cut every line later than `step` (-1: all), so that a resumed run writes them again, byte for byte.
+
+        A torn last line (killed while writing) is cut too. Raises InputError, touching nothing, if a line that must
+        stay cannot be read.
+        """
+        self._file.truncate(_end_of_step(self.path, step))
+        self.sync()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and times.jsonl of one run. One process of a run makes one."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._metrics = JsonLines(Path(directory) / METRICS_FILE)
+        self._times = JsonLines(Path(directory) / TIMES_FILE)
+
+    def write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float] | None = None) -> None:
+        """One line per file. A NaN or infinity becomes null, since JSON has none."""
+        self._metrics.write(step, {name: _number(value) for name, value in metrics.items()})
+        if times is not None:
+            self._times.write(step, {name: _number(value) for name, value in times.items()})
+
+    def sync(self) -> None:
+        self._metrics.sync()
+        self._times.sync()
+
+    def truncate_to(self, step: int) -> None:
+        """See JsonLines; nothing is touched if either file cannot be cut there."""
+        for file in (self._metrics, self._times):
+            _end_of_step(file.path, step)
+        self._metrics.truncate_to(step)
+        self._times.truncate_to(step)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._times.close()
+
+
+def _number(value: float) -> float | int | None:
+    if isinstance(value, int):
+        return value
+    value = float(value)  # also numpy scalars and 0-d tensors
+    return value if math.isfinite(value) else None
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole, readable line; None otherwise."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _end_of_step(path: Path, last_step: int) -> int:
+    """Bytes of the leading lines whose step is at most `last_step`."""
+    steps_and_sizes = [(_step_of(line), len(line)) for line in path.read_bytes().splitlines(keepends=True)]
+    end, count = 0, 0
+    for step, size in steps_and_sizes:
+        if step is None or step > last_step:
+            break
+        end, count = end + size, count + 1
+    if any(step is not None and step <= last_step for step, _ in steps_and_sizes[count:]):
+        raise InputError(
+            f"{path}: line {count + 1} is damaged or out of order, and later lines of steps up to {last_step} would be "
+            "lost. Repair or delete that line, then resume."
+        )
+    return end
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file (or of the run directory that holds one); a torn last line is left out."""
+    path = Path(path)
+    path = path / METRICS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give a run's output directory or its {METRICS_FILE}.")
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if _step_of(line) is None and number < len(lines):
+            raise InputError(f"{path}: line {number} is not a metrics line: {line[:60]!r}. Repair or delete it.")
+    return [json.loads(line) for line in lines if _step_of(line) is not None]

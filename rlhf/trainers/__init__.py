@@ -1,0 +1,1 @@
+"""The parts wired up for language models."""

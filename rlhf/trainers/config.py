@@ -1,0 +1,141 @@
+"""The settings of a run on a language model. Each is documented in the line below it; commands read the same names."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf.algorithms.grpo import GRPOConfig
+from rlhf.algorithms.ppo import PPOConfig
+from rlhf.errors import InputError
+from rlhf.rollout.in_process import GenerationConfig
+from rlhf.rollout.scoring import MissingEOS
+from rlhf.settings import check_types
+from rlhf.training.update import UpdateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Settings of a run, whatever the algorithm. Batch sizes are global: over all processes."""
+
+    output_dir: str
+    """Directory of this run: checkpoints, metrics, and in the end the policy."""
+    seed: int = 0
+    """Decides every random draw, 0 <= seed < 2**32."""
+    total_steps: int = 100
+    """Rollouts; each is followed by update.num_epochs passes over it."""
+    prompts_per_step: int = 64
+    """Prompts per rollout."""
+    learning_rate: float = 3e-6
+    """Of AdamW, at its highest."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls, to 0 at the end of the run (or stays)."""
+    warmup_steps: int = 0
+    """Rollouts over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """"bfloat16" autocasts the arithmetic; the weights stay in float32."""
+    max_prompt_tokens: int = 512
+    """Longest prompt."""
+    prompt_too_long: Literal["error", "drop", "truncate_left"] = "error"
+    """What happens to longer ones, decided before training and counted."""
+    missing_eos: MissingEOS = "keep"
+    """Score of a completion cut by the length limit: keep it, replace it by missing_eos_value, or subtract that from it."""
+    missing_eos_value: float | None = None
+    """In units of the score; needed unless missing_eos is "keep"."""
+    reward_weights: list[float] | None = None
+    """One per reward; all 1 if null."""
+    reward_timeout_s: float | None = 300.0
+    """Seconds that one reward function may take for the completions of a step (of one process); null: no limit."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    eval_every: int = 0
+    """Steps between evaluations on eval_dataset; 0 evaluates at the end only."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; 0 keeps none but the last."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted once a newer one is complete."""
+    log_completions: int = 4
+    """Completions of a step written to completions.jsonl, with their scores."""
+    log_completions_every: int = 1
+    """Steps between two such."""
+    tracker: str | None = None
+    """Also log to "tensorboard", "wandb" or another tracker that Accelerate knows."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in (
+            "total_steps",
+            "prompts_per_step",
+            "max_prompt_tokens",
+            "keep_checkpoints",
+            "log_completions_every",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("warmup_steps", "weight_decay", "eval_every", "checkpoint_every", "log_completions"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.reward_timeout_s is not None and not 0 < self.reward_timeout_s < float("inf"):
+            raise InputError(f"reward_timeout_s={self.reward_timeout_s}: give seconds above 0, or null for no limit.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must lie in [0, 2**32), got {self.seed}.")
+        if self.missing_eos == "subtract" and not (self.missing_eos_value or 0) > 0:
+            raise InputError(
+                f'missing_eos_value={self.missing_eos_value}: give "subtract" a number above 0 to take off.'
+            )
+        if (self.missing_eos != "keep") != (self.missing_eos_value is not None):
+            raise InputError(
+                f"missing_eos={self.missing_eos!r} and missing_eos_value={self.missing_eos_value} do not go together: "
+                'give a value for "replace" and "subtract", and none for "keep".'
+            )
+
+        if self.update.compile:
+            raise InputError("update.compile is for control tasks (gym_baselines): set it to false.")
+
+    def learning_rate_at(self, step: int) -> float:
+        """A pure function of the step: there is no scheduler to save."""
+        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        progress = step / self.total_steps
+        fall = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+        return self.learning_rate * rise * fall[self.lr_schedule]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOTrainerConfig(TrainerConfig):
+    """Settings of a PPO run on a language model."""
+
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOTrainerConfig(TrainerConfig):
+    """Settings of a GRPO run. `grpo=GRPOConfig.preset("dapo")` starts from a published recipe."""
+
+    learning_rate: float = 1e-6
+    """Of AdamW, at its highest; 1e-6 is usual for models of billions of parameters, small ones want more."""
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=1, minibatch_size=None))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        grpo, update, completions = self.grpo, self.update, self.prompts_per_step * self.grpo.completions_per_prompt
+        updates = update.num_epochs * (completions // (update.minibatch_size or completions))
+        if grpo.surrogate == "score" and updates > 1:
+            raise InputError(
+                f"grpo.surrogate=score has no ratio to the policy that sampled, and {updates} updates per rollout "
+                f"(update.num_epochs={update.num_epochs}, update.minibatch_size={update.minibatch_size}) would be "
+                "off-policy. Set num_epochs to 1 and minibatch_size to null, or the surrogate to clipped."
+            )
+        if grpo.overlong_buffer_tokens >= self.generation.max_new_tokens:
+            raise InputError(
+                f"grpo.overlong_buffer_tokens={grpo.overlong_buffer_tokens} must be below "
+                f"generation.max_new_tokens={self.generation.max_new_tokens}. DAPO's is a fifth of it."
+            )
+        if grpo.overlong_buffer_tokens and self.missing_eos != "keep":
+            raise InputError(
+                f"missing_eos={self.missing_eos} and grpo.overlong_buffer_tokens={grpo.overlong_buffer_tokens} both punish "
+                "length. Choose one of them."
+            )

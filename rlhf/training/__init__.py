@@ -1,0 +1,1 @@
+"""Trajectories -> new weights, for control tasks and language models alike."""

@@ -1,0 +1,221 @@
+"""How optimizer steps are made: a minibatch of rows -> gradients, microbatch by microbatch, on one or many processes.
+
+The optimizer step does not depend on how rows are spread over processes or cut into microbatches: every process holds the
+whole batch, and denominators are those of the minibatch.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from math import isfinite
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+
+from rlhf.algorithms.base import Algorithm
+from rlhf.core.masking import whiten
+from rlhf.core.trust_region import flatten
+from rlhf.distributed import Distributed
+from rlhf.training.flat_optimizer import FlatOptimizer, obstacle
+from rlhf.training.sums import MetricSums
+from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
+
+Minibatch = Tensor | None
+"""The rows of a minibatch, (rows,) int64; None for all of the batch."""
+StopReason = Literal["target_kl", "gradient"]
+
+
+class Outcome(NamedTuple):
+    """How many optimizer steps were made; `stopped_by` says why the next one was not, if minibatches were left."""
+
+    steps: int
+    stopped_by: StopReason | None = None
+
+
+class Stepper(Protocol):
+    """What makes the optimizer steps of a run; `rlhf.training.update.make_stepper` builds one."""
+
+    def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
+        """One step per minibatch, until one would exceed the target KL or has a gradient that is not finite.
+
+        Such a step is not made. Metrics are added to `sums`. Afterwards the policy's parameters and the optimizer's state
+        are those of the last step made, whatever the stepper keeps meanwhile.
+        """
+        ...
+
+
+class EagerStepper:
+    """Operation by operation: for every model, optimizer and number of processes."""
+
+    def __init__(
+        self,
+        policy: Module,
+        algorithm: Algorithm,
+        optimizer: Optimizer,
+        distributed: Distributed,
+        *,
+        max_grad_norm: float,
+        target_kl: float | None,
+        microbatch_tokens: int,
+        flat_up_to: int = 1_000_000,
+    ) -> None:
+        """flat_up_to: models of at most so many parameters are stepped as one vector, if one process can do that."""
+        self.policy, self.algorithm, self.optimizer, self.distributed = policy, algorithm, optimizer, distributed
+        self.max_grad_norm, self.target_kl, self.microbatch_tokens = max_grad_norm, target_kl, microbatch_tokens
+        self.parameters = list(policy.parameters())  # finding them anew for each step takes as long as clipping
+        self._alone = distributed.world_size == 1 and distributed.strategy == "NO"  # gradients lie in the parameters
+        small = sum(p.numel() for p in self.parameters) <= flat_up_to
+        self._may_be_flat = self._alone and small and obstacle(optimizer) is None
+        self._flat: FlatOptimizer | None = None  # made with the first batch, which shows what gets a gradient
+
+    def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
+        if self._flat is None and self._may_be_flat:
+            trained = trained_parameters(self.policy, self.algorithm, batch)
+            self._flat = FlatOptimizer(list(trained.values()), self.optimizer)
+        flat = self._flat if self._flat is not None and self._flat.load() else None
+        try:
+            return self._run(batch, minibatches, sums, self._step if flat is None else partial(self._step_flat, flat))
+        finally:
+            self._clear_gradients()  # their memory
+            if flat is not None:
+                flat.store()
+
+    def _run(
+        self,
+        batch: TrainingBatch,
+        minibatches: Iterable[Minibatch],
+        sums: MetricSums,
+        make_step: Callable[[], Tensor],
+    ) -> Outcome:
+        whiten_advantages, whole, one, steps = self.algorithm.whiten_minibatch, None, batch.old_logprobs.new_ones(()), 0
+        for rows in minibatches:
+            if rows is not None:
+                minibatch = prepare_minibatch(batch.select(rows), whiten_advantages)
+            else:  # the same every time, so it is made once
+                minibatch = whole = whole or prepare_minibatch(batch, whiten_advantages)
+            self._clear_gradients()
+            kl = self._accumulate_gradients(minibatch, sums)
+            if kl is not None and self.distributed.all_sum(kl) > 1.5 * self.target_kl:  # type: ignore[operator]
+                return Outcome(steps, "target_kl")
+            norm = make_step()
+            if not isfinite(norm):
+                return Outcome(steps, "gradient")
+            steps += 1
+            sums.add({"grad_norm": (norm, one)})
+        return Outcome(steps)
+
+    def _accumulate_gradients(self, minibatch: TrainingBatch, sums: MetricSums) -> Tensor | None:
+        """Add up this process's part of the minibatch's gradient.
+
+        Returns its part of the mean KL(old || policy), if there is a target for it.
+        """
+        group, kl = self.distributed, None if self.target_kl is None else minibatch.old_logprobs.new_zeros(())
+        microbatches = split_minibatch(minibatch, self.microbatch_tokens, group.rank, group.world_size)
+        for number, microbatch in enumerate(microbatches):
+            with group.accumulate(self.policy, last=number == len(microbatches) - 1):
+                loss, metrics = self.algorithm.loss(forward(self.policy, self.algorithm, microbatch), microbatch)
+                group.backward(loss)
+            sums.add(metrics)
+            if kl is not None:
+                kl = kl + metrics["policy_kl"][0] / minibatch.mask.sum()
+        return kl
+
+    def _step(self) -> Tensor:
+        """Clip the gradient and apply it, if it is finite; its norm before."""
+        if self._alone:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        else:
+            norm = self.distributed.clip_gradients(self.policy, self.max_grad_norm)
+        if isfinite(norm):
+            self.optimizer.step()
+        return norm
+
+    def _step_flat(self, flat: FlatOptimizer) -> Tensor:
+        """The same on vectors."""
+        gradient = flatten([p.grad for p in flat.parameters])  # type: ignore[misc]
+        norm = torch.linalg.vector_norm(gradient)
+        factor = self.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+        if isfinite(norm):
+            flat.step(gradient * factor if factor < 1 else gradient)
+        return norm
+
+    def _clear_gradients(self) -> None:
+        if self._alone:
+            for parameter in self.parameters:
+                parameter.grad = None
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+def trained_parameters(policy: Module, algorithm: Algorithm, batch: TrainingBatch) -> dict[str, Parameter]:
+    """The parameters that the loss gives a gradient, by name: TRPO's gives the policy's none."""
+    minibatch = prepare_minibatch(batch.select(slice(0, 1)), whiten_advantages=False)
+    candidates = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        loss, _ = algorithm.loss(forward(policy, algorithm, minibatch), minibatch)
+        gradients = torch.autograd.grad(loss, list(candidates.values()), allow_unused=True)
+    given = zip(candidates.items(), gradients, strict=True)
+    return {name: parameter for (name, parameter), gradient in given if gradient is not None}
+
+
+def prepare_minibatch(minibatch: TrainingBatch, whiten_advantages: bool) -> TrainingBatch:
+    """The minibatch with its global denominators; no collective, since every process holds all of it."""
+    made: dict[int, Tensor] = {}  # terms often share one count
+    for weighting in minibatch.weightings.values():
+        if id(weighting.count) not in made:
+            made[id(weighting.count)] = weighting.count.sum().clamp(min=1e-8)
+    denominators = {name: made[id(weighting.count)] for name, weighting in minibatch.weightings.items()}
+    if not whiten_advantages:
+        return replace(minibatch, denominators=denominators)
+    counts = minibatch.mask & (minibatch.weightings["policy"].weight != 0)
+    return replace(minibatch, denominators=denominators, advantages=whiten(minibatch.advantages, counts))
+
+
+def forward(policy: Callable[..., PolicyOutputs], algorithm: Algorithm, batch: TrainingBatch) -> PolicyOutputs:
+    """The policy's outputs on a microbatch, as far as the algorithm needs them."""
+    needs = algorithm.needs
+    old = {"old_distribution": batch.old_distribution} if batch.old_distribution is not None else {}
+    return policy(batch.inputs, batch.actions, with_values="values" in needs, with_entropy="entropy" in needs, **old)
+
+
+def split_minibatch(
+    minibatch: TrainingBatch, microbatch_tokens: int, rank: int, world_size: int
+) -> list[TrainingBatch]:
+    """This process's microbatches: its share of the rows, of similar length together, cut to their longest row.
+
+    All processes get the same number, because sharded models exchange weights in every forward; one that has run out of
+    rows computes a row of weight 0.
+    """
+    if world_size == 1 and minibatch.actions.shape[1] == 1 and minibatch.rows <= microbatch_tokens:
+        return [minibatch]  # control tasks: nothing to sort, nothing to cut
+    tokens = minibatch.row_tokens.tolist()
+    shares = [_fill(tokens, range(r, minibatch.rows, world_size), microbatch_tokens) for r in range(world_size)]
+    count = max(len(share) for share in shares)
+    microbatches = []
+    for rows in shares[rank] + [[]] * (count - len(shares[rank])):
+        selected = minibatch.select(torch.tensor(rows or [0], device=minibatch.mask.device))
+        used = selected.mask.any(0).nonzero()
+        selected = selected.select(slice(None), time=int(used.max()) + 1 if len(used) else 1)
+        microbatches.append(selected if rows else weightless(selected))
+    return microbatches
+
+
+def _fill(tokens: list[int], rows: range, limit: int) -> list[list[int]]:
+    """Rows sorted by length, in groups whose padded size (rows x longest) keeps to `limit`; a longer row stands alone."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: -tokens[row]):
+        if groups and (len(groups[-1]) + 1) * tokens[groups[-1][0]] <= limit:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def weightless(batch: TrainingBatch) -> TrainingBatch:
+    """The batch with weight 0 in every loss term."""
+    return replace(
+        batch, weightings={name: Weighting(w.weight * 0, w.count * 0) for name, w in batch.weightings.items()}
+    )

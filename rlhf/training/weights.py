@@ -1,0 +1,42 @@
+"""A module's weights by name, for checkpoints and to tell models apart."""
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.errors import InputError
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer once (tied weights have one name), for checkpoints."""
+    buffers = {name: b for name, b in module.named_buffers() if name in module.state_dict()}
+    return {name: p.detach() for name, p in module.named_parameters()} | buffers
+
+
+def load_named_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into the module; names and shapes must agree."""
+    own = named_tensors(module)
+    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+        different = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+        raise InputError(
+            f"The checkpoint is of another model: {', '.join(different[:3])} differ(s). "
+            "Resume with the policy the run was started with, or start anew in another output_dir."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short text that changes when a weight does, or two change places, to notice another model on resume.
+
+    The weights' bits, each times a number of its place, summed modulo 2**64: exact, so equal on every device.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for parameter in module.parameters():
+        bits = parameter.detach().flatten().view(integers[parameter.element_size()])
+        for start in range(0, len(bits), 2**24):
+            part = bits[start : start + 2**24].long()
+            place = torch.arange(start, start + len(part), device=part.device) + 1
+            total = (total * 31 + int((part * (place * 0x9E3779B97F4A7C1 + 1)).sum())) % 2**64
+    return f"{total:016x}"

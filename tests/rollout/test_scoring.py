@@ -1,0 +1,172 @@
+"""From completions to trajectories: where the score lies, what counts, what follows what, and who is named on failure."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf.data.prompts import Prompt
+from rlhf.errors import TrainingError
+from rlhf.models.policy import Policy, frozen_copy
+from rlhf.rewards.combine import RewardResult
+from rlhf.rollout.in_process import Completion
+from rlhf.rollout.scoring import Rollout, check_finite, final_scores, policy_inputs, sampler_metrics, score
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+def rollout(
+    rows: list[tuple[list[int], list[int]]], *, cut: tuple[int, ...] = (), row_index=None, version=0
+) -> Rollout:
+    """(prompt ids, completion ids) per row; rows in `cut` ended at the length limit. Sampling log-probs are -1, -2, ..."""
+    return Rollout(
+        prompts=[Prompt(ids, "", {}) for ids, _ in rows],
+        row_index=list(range(len(rows))) if row_index is None else row_index,
+        completions=[
+            Completion(ids, [-1.0 - t for t in range(len(ids))], row not in cut) for row, (_, ids) in enumerate(rows)
+        ],
+        rewards=RewardResult(scores=[0.0] * len(rows), per_function={}, totals={}),
+        version=version,
+    )
+
+
+class Counting(torch.nn.Module):
+    """A policy whose numbers are readable: the log-prob of a token is -token, the value before place t is 10 + t."""
+
+    value_head = object()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def forward(self, inputs, actions, *, with_values):
+        self.batches.append(len(actions))
+        places = torch.arange(actions.shape[1]).expand(actions.shape) + inputs["prompt_lengths"].unsqueeze(1)
+        return SimpleNamespace(logprobs=-actions.float(), values=10.0 + places if with_values else None)
+
+
+def scored(rows, scores, **options):
+    return score(rollout(rows, **options), scores, Counting(), None, microbatch_tokens=1000, device=CPU)
+
+
+THREE_TOKENS = [([3], [5, 6, tiny.EOS]), ([4, 4], [tiny.EOS]), ([3, 3, 3], [7, 8])]
+
+
+def test_the_hand_table_of_a_three_token_example():
+    """Rows: ended after three tokens; ended at once; cut by the length limit after two. '.' of the table is 0 or False."""
+    got = scored(THREE_TOKENS, [1.5, -2.0, 0.25], cut=(2,))
+    assert got.actions.tolist() == [[5, 6, 2], [2, 0, 0], [7, 8, 0]]
+    assert got.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+    assert got.rewards.tolist() == [[0, 0, 1.5], [-2.0, 0, 0], [0, 0.25, 0]]  # on the EOS itself, or the last token
+    assert got.episode_ends.tolist() == [[False, False, True], [True, False, False], [False, True, False]]
+    assert got.terminated.tolist() == [
+        [False, False, True],
+        [True, False, False],
+        [False, False, False],
+    ]  # not the cut one
+    assert got.old_logprobs.tolist() == [[-5, -6, -2], [-2, 0, 0], [-7, -8, 0]]
+    assert got.sampling_logprobs.tolist() == [[-1, -2, -3], [-1, 0, 0], [-1, -2, 0]]
+    assert got.values.tolist() == [[11, 12, 13], [12, 0, 0], [13, 14, 0]]
+    assert got.next_values.tolist() == [[12, 13, 0], [0, 0, 0], [14, 0, 0]]  # nothing follows the end
+    assert got.row_tokens.tolist() == [4, 3, 5]
+    assert got.ref_logprobs is None
+
+
+def test_the_end_token_counts_although_padding_is_the_same_token():
+    """Masks come from lengths: with EOS as padding and EOS as an ordinary early token nothing changes."""
+    rows = [([3], [tiny.EOS, 5, tiny.EOS]), ([tiny.EOS], [tiny.EOS])]
+    got = scored(rows, [1.0, 2.0])
+    assert got.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert got.rewards.tolist() == [[0, 0, 1.0], [2.0, 0, 0]]
+
+
+def test_rows_keep_their_place_in_the_global_batch_and_the_version_that_sampled_them():
+    got = scored(THREE_TOKENS, [0.0] * 3, row_index=[7, 2, 5], version=4)
+    assert got.row_index.tolist() == [7, 2, 5] and got.policy_version.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("microbatch_tokens", [1, 5, 6, 9, 10, 100])
+def test_microbatches_of_any_size_give_the_same_rows_and_hold_no_more_than_asked(microbatch_tokens):
+    policy, rows = Counting(), [(p, [*c, tiny.EOS]) for p, c in zip(tiny.sequences(9), tiny.sequences(9), strict=True)]
+    whole = scored(rows, [0.0] * 9)
+    got = score(rollout(rows), [0.0] * 9, policy, None, microbatch_tokens=microbatch_tokens, device=CPU)
+    torch.testing.assert_close((got.old_logprobs, got.values), (whole.old_logprobs, whole.values), rtol=0, atol=0)
+    longest = max(len(p) + len(c) for p, c in rows)
+    assert sum(policy.batches) == 9
+    assert all(count == 1 or count * longest <= microbatch_tokens for count in policy.batches)
+
+
+def test_inputs_are_prompt_then_completion_then_padding():
+    inputs, actions, mask = policy_inputs(rollout(THREE_TOKENS), CPU)
+    assert inputs["input_ids"].tolist() == [[3, 5, 6, 2, 0], [4, 4, 2, 0, 0], [3, 3, 3, 7, 8]]
+    assert inputs["prompt_lengths"].tolist() == [1, 2, 3]
+    assert actions.shape == mask.shape == (3, 3)
+
+
+# --- scores of completions without an end ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("missing_eos", "expected"),
+    [("keep", [1.0, 2.0, -3.0]), ("replace", [1.0, -1.5, -1.5]), ("subtract", [1.0, 3.5, -1.5])],
+)
+def test_only_completions_cut_by_the_limit_are_treated_as_missing_eos_says(missing_eos, expected):
+    """replace: N+ detail 23; subtract: TRL's missing_eos_penalty. How sampling ended counts, not the ids: the second row
+    holds an EOS in its middle, and is cut all the same."""
+    completions = [
+        Completion([5], [0.0], True),
+        Completion([tiny.EOS, 5], [0.0] * 2, False),
+        Completion([5], [0.0], False),
+    ]
+    assert final_scores([1.0, 2.0, -3.0], completions, missing_eos, -1.5) == expected
+
+
+# --- with a real policy -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_reference_and_the_policy_are_scored_alike(family):
+    lm = tiny.causal_lm(family, dtype=torch.float64)
+    policy = Policy(lm, temperature=0.7, value_head=True)
+    same, other = (
+        frozen_copy(lm, temperature=0.7),
+        frozen_copy(tiny.causal_lm(family, seed=5).double(), temperature=0.7),
+    )
+    rows = [(p, [*c, tiny.EOS]) for p, c in zip(tiny.sequences(5), tiny.sequences(5, seed=1), strict=True)]
+    got = score(rollout(rows), [0.0] * 5, policy, same, microbatch_tokens=30, device=CPU)
+    assert torch.equal(got.old_logprobs, got.ref_logprobs)
+    far = score(rollout(rows), [0.0] * 5, policy, other, microbatch_tokens=30, device=CPU)
+    assert (far.ref_logprobs - far.old_logprobs).abs()[far.mask].min() > 1e-3
+    for row, (prompt, completion) in enumerate(rows):  # by definition, one sequence alone
+        logits = other.lm(input_ids=torch.tensor([prompt + completion])).logits[0] / 0.7
+        for t, token in enumerate(completion):
+            expected = logits.log_softmax(-1)[len(prompt) + t - 1, token].item()
+            assert far.ref_logprobs[row, t].item() == pytest.approx(expected, abs=1e-8)
+    assert not got.old_logprobs[~got.mask].any() and not far.ref_logprobs[~far.mask].any()
+
+
+# --- numbers that are none ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["rewards", "sampling_logprobs", "old_logprobs", "ref_logprobs", "values"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_stops_the_run_and_names_step_field_and_completion(field, value):
+    trajectories = scored(THREE_TOKENS, [0.0] * 3, row_index=[7, 2, 5])
+    object.__setattr__(trajectories, "ref_logprobs", torch.zeros(3, 3))
+    check_finite(trajectories, 12)
+    getattr(trajectories, field)[1, 0] = value
+    with pytest.raises(TrainingError, match=f"{field} of step 12, completion 2 .*not finite; nothing was learnt"):
+        check_finite(trajectories, 12)
+
+
+def test_the_samplers_gap_and_the_entropy_leave_padding_out():
+    """Gap: the largest |sampling - training| over tokens that count. Entropy: the mean of -log-prob over the same."""
+    batch = SimpleNamespace(
+        mask=torch.tensor([[True, True], [True, False]]),
+        sampling_logprobs=torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]),
+        old_logprobs=torch.tensor([[-1.0, -2.25], [-2.9, -50.0]]),
+    )
+    metrics = sampler_metrics(batch)
+    assert metrics["sampler_gap"] == pytest.approx(0.25) and metrics["entropy"] == pytest.approx((1 + 2.25 + 2.9) / 3)

@@ -1,0 +1,636 @@
+"""PPOTrainer end to end on tiny models: what it promises before, during and after a run.
+
+Numbers it reports are computed here a second time, from stock transformers and the reward function's own record.
+"""
+
+import copy
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf import Callback, InputError, TrainingError
+from rlhf.core.random import EVALUATION
+from rlhf.rollout.in_process import Draws, GenerationConfig, generate
+from rlhf.runs.jsonlines import read_metrics
+from tests import tiny
+from tests.tiny import furthest, weights
+
+
+def logprobs_alone(lm, prompt: list[int], completion: list[int], temperature: float) -> list[float]:
+    """By definition: the sequence alone through the stock model."""
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0] / temperature
+    logits = logits.log_softmax(-1)
+    return [logits[len(prompt) + t - 1, token].item() for t, token in enumerate(completion)]
+
+
+class Recorder:
+    """A reward function that remembers every call."""
+
+    __name__ = "recorder"
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+
+    def __call__(self, prompts, completions, completion_ids, target, prompt_ids=None, trainer_state=None):
+        scores = tiny.count_target(completions, target)
+        self.calls.append(
+            {
+                "prompts": list(prompts),
+                "completions": list(completions),
+                "ids": [list(ids) for ids in completion_ids],
+                "target": list(target),
+                "prompt_ids": prompt_ids,
+                "state": dict(trainer_state),
+                "scores": scores,
+            }
+        )
+        return scores
+
+
+# --- before the first update: one policy --------------------------------------------------------------------------------
+
+
+def training_forwards(trainer) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(input ids, actions, log-probs) of every forward with gradients, as the optimizer's loss saw them."""
+    seen = []
+
+    def record(module, args, kwargs, outputs):
+        if outputs.logprobs.requires_grad:
+            seen.append((args[0]["input_ids"], args[0]["prompt_lengths"], args[1], outputs.logprobs.detach().clone()))
+
+    trainer.policy.register_forward_hook(record, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_training_forward_before_the_first_update_gives_the_sampling_logprobs(family, temperature, tmp_path):
+    """Dropout of 0.5 stands in the model's configuration, and the model comes in training mode."""
+    lm, recorder = tiny.causal_lm(family, dropout=0.5).train(), Recorder()
+    trainer = tiny.trainer(
+        tmp_path,
+        lm=lm,
+        rewards=recorder,
+        total_steps=1,
+        prompts_per_step=8,
+        generation={"temperature": temperature},
+        update={"num_epochs": 1, "minibatch_size": 8, "microbatch_tokens": 30},
+        ppo={"entropy_coef": 0.01},
+    )
+    sampled = []
+    rollout = type(trainer.collector).rollout
+    object.__setattr__(
+        trainer.collector, "rollout", lambda *a, **k: sampled.append(rollout(trainer.collector, *a, **k)) or sampled[-1]
+    )
+    forwards = training_forwards(trainer)
+    metrics = trainer.train()
+    by_text = {
+        (*prompt.ids, *completion.ids): (len(completion.ids), completion.logprobs)
+        for prompt, completion in zip(sampled[0].prompts, sampled[0].completions, strict=True)
+    }
+    assert len(forwards) > 1  # several microbatches
+    compared = 0
+    for ids, prompt_lengths, actions, logprobs in forwards:
+        for row in range(len(ids)):
+            options = [
+                (text, *found)
+                for text, found in by_text.items()
+                if ids[row, : len(text)].tolist() == list(text) and len(text) - found[0] == prompt_lengths[row]
+            ]
+            text, length, expected = max(options, key=lambda option: len(option[0]))
+            assert actions[row, :length].tolist() == list(text[-length:])
+            assert logprobs[row, :length].tolist() == pytest.approx(expected, abs=1e-5)
+            compared += 1
+    assert compared == 8
+    assert metrics["sampler_gap"] < 1e-5
+    assert abs(metrics["policy_kl_k1"]) < 1e-6 and metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_run_that_hardly_learns_keeps_the_ratio_at_one_and_the_reference_at_hand(temperature, tmp_path):
+    trainer = tiny.trainer(tmp_path, total_steps=3, learning_rate=1e-12, generation={"temperature": temperature})
+    trainer.train()
+    for line in read_metrics(tmp_path):
+        assert line["sampler_gap"] < 1e-5 and abs(line["reward_kl"]) < 1e-5
+        assert line["policy_kl"] < 1e-9 and line["clip_fraction_low"] == line["clip_fraction_high"] == 0
+
+
+def test_the_self_check_says_how_far_sampler_reference_and_policy_are_apart(tmp_path, capsys):
+    tiny.trainer(tmp_path, total_steps=1).train()
+    printed = capsys.readouterr().out
+    assert "1 process(es) on cpu, float32" in printed
+    assert "4 prompts x 1 = 4 completions per step" in printed and "2 epoch(s) x 2 minibatch(es) of 2" in printed
+    assert "5 prompts (0 dropped, 0 cut)" in printed
+    assert "KL(policy || reference) = 0 nats" in printed
+    assert "log-probs differ by at most" in printed
+
+
+def test_a_model_whose_two_forwards_disagree_is_stopped_before_anything_is_learnt(tmp_path):
+    """Here the cached forward drops the positions, which GPT-2 needs."""
+    lm = tiny.causal_lm("gpt2")
+    forward = lm.forward
+    lm.forward = lambda *args, position_ids=None, **options: forward(*args, **options)
+    trainer = tiny.trainer(tmp_path, lm=lm)
+    before = weights(trainer)
+    with pytest.raises(TrainingError, match=r"differ by .* nats .*GPT2.*Nothing was trained"):
+        trainer.train()
+    assert furthest(before, weights(trainer)) == 0.0
+
+
+# --- the reference ------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_the_policy_as_it_was_given_and_stays_it(tmp_path):
+    """Also if the policy was changed in memory after it was loaded: its KL to the reference starts at 0."""
+    path = tmp_path / "model"
+    tiny.causal_lm().save_pretrained(path)
+    lm = type(tiny.causal_lm()).from_pretrained(path)
+    for parameter in lm.parameters():
+        parameter.data *= 1.1
+    given = copy.deepcopy(lm.state_dict())
+    trainer = tiny.trainer(tmp_path / "run", lm=lm)
+    trainer.train()
+    reference = trainer.reference.lm.state_dict()
+    assert all(torch.equal(reference[name], given[name]) for name in given)
+    first, *_, last = read_metrics(tmp_path / "run")
+    assert abs(first["reward_kl"]) < 1e-6 < 1e-3 < abs(last["reward_kl"])
+
+
+def test_another_reference_can_be_given_and_the_kl_is_measured_to_it(tmp_path):
+    other, recorder = tiny.causal_lm(seed=7), Recorder()
+    lm = tiny.causal_lm()
+    before = copy.deepcopy(lm)
+    tiny.trainer(tmp_path, lm=lm, reference=other, rewards=recorder, total_steps=1).train()
+    (call,) = recorder.calls
+    pairs = zip(call["prompt_ids"], call["ids"], strict=True)
+    totals = [sum(logprobs_alone(before, p, c, 1.0)) - sum(logprobs_alone(other, p, c, 1.0)) for p, c in pairs]
+    assert read_metrics(tmp_path)[0]["reward_kl"] == pytest.approx(sum(totals) / 4, abs=1e-4)
+
+
+def test_without_a_kl_penalty_there_is_no_reference_in_memory(tmp_path):
+    trainer = tiny.trainer(tmp_path, ppo={"kl_coef": 0.0}, total_steps=1)
+    trainer.train()
+    assert trainer.reference is None and "reward_kl" not in read_metrics(tmp_path)[0]
+
+
+# --- what is reported ---------------------------------------------------------------------------------------------------
+
+
+def test_reported_numbers_are_means_over_completions_and_over_tokens_that_count(tmp_path):
+    """Computed again from the reward function's record and from the untrained model, one sequence at a time."""
+    lm, recorder = tiny.causal_lm(), Recorder()
+    before = copy.deepcopy(lm)
+    tiny.trainer(
+        tmp_path, lm=lm, rewards=recorder, total_steps=1, prompts_per_step=8, generation={"temperature": 0.7}
+    ).train()
+    (call,), (line,) = recorder.calls, read_metrics(tmp_path)
+    scores, lengths = torch.tensor(call["scores"]).double(), [len(ids) for ids in call["ids"]]
+    assert len(set(lengths)) > 2  # else padding could not show
+    pairs = zip(call["prompt_ids"], call["ids"], strict=True)
+    logprobs = [value for p, c in pairs for value in logprobs_alone(before, p, c, 0.7)]
+    cut = [ids[-1] != tiny.EOS for ids in call["ids"]]
+    expected = {
+        "score": scores.mean().item(),
+        "score_std": scores.std(correction=0).item(),
+        "rewards/recorder/mean": scores.mean().item(),
+        "completion_length": sum(lengths) / 8,
+        "truncated_fraction": sum(cut) / 8,
+        "entropy": -sum(logprobs) / len(logprobs),
+        "reward_kl": 0.0,
+        "kl_coef": 0.05,
+        "learning_rate": 1e-2,
+        "optimizer_steps": 8.0,
+        "prompts_seen": 8,
+    }
+    assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_adaptive_coefficient_follows_zieglers_rule_from_step_to_step(tmp_path):
+    """kl_coef of step k + 1 = kl_coef * (1 + clip(KL_k / target - 1, -0.2, 0.2) * completions / horizon)."""
+    tiny.trainer(tmp_path, total_steps=3, ppo={"kl_target": 0.5, "kl_horizon": 40}).train()
+    lines = read_metrics(tmp_path)
+    for now, following in itertools.pairwise(lines):
+        error = min(max(now["reward_kl"] / 0.5 - 1, -0.2), 0.2)
+        assert following["kl_coef"] == pytest.approx(now["kl_coef"] * (1 + error * 4 / 40), rel=1e-12)
+    assert lines[0]["kl_coef"] == 0.05 and lines[1]["kl_coef"] == pytest.approx(0.05 * 0.98)  # KL 0: too low
+
+
+def test_the_learning_rate_rises_and_falls_as_the_schedule_says(tmp_path):
+    trainer = tiny.trainer(tmp_path, total_steps=4, warmup_steps=2, learning_rate=0.04)
+    used = []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    trainer.train()
+    expected = [0.04 * 0.5, 0.04 * 0.75, 0.04 * 0.5, 0.04 * 0.25]
+    assert [line["learning_rate"] for line in read_metrics(tmp_path)] == pytest.approx(expected)
+    assert used == pytest.approx([rate for rate in expected for _ in range(4)])  # four optimizer steps each
+
+
+def test_the_reward_function_is_given_what_users_expect(tmp_path):
+    recorder = Recorder()
+    tiny.trainer(tmp_path, rewards=recorder, total_steps=2).train()
+    tokenizer = tiny.tokenizer()
+    assert [call["state"] for call in recorder.calls] == [
+        {"global_step": 0, "max_steps": 2},
+        {"global_step": 1, "max_steps": 2},
+    ]
+    for call in recorder.calls:
+        assert len(call["prompts"]) == 4 and set(call["prompts"]) <= set(tiny.PROMPTS)
+        assert call["target"] == [prompt[0] for prompt in call["prompts"]]  # columns stay with their prompt
+        assert call["prompt_ids"] == [tokenizer(prompt)["input_ids"] for prompt in call["prompts"]]
+        for text, ids in zip(call["completions"], call["ids"], strict=True):
+            assert text == "".join(tiny.LETTERS[token - 3] for token in ids if token >= 3)
+
+
+def test_what_a_reward_function_logs_is_reported_under_custom(tmp_path):
+    def reward(completions, log_metric):
+        for text in completions:
+            log_metric("longest/word", len(text))
+        return [float(len(text)) for text in completions]
+
+    tiny.trainer(tmp_path, rewards=reward, total_steps=1).train()
+    (line,) = read_metrics(tmp_path)
+    assert line["custom/longest_word"] == line["score"] > 0
+
+
+def test_another_precision_in_a_process_that_has_trained_is_refused(tmp_path):
+    tiny.trainer(tmp_path)
+    with pytest.raises(InputError, match=r"precision='bfloat16'.*new process"):
+        tiny.trainer(tmp_path, precision="bfloat16")
+
+
+def test_every_prompt_is_seen_once_per_epoch_whatever_the_batch_size(tmp_path):
+    recorder = Recorder()
+    tiny.trainer(tmp_path, rewards=recorder, total_steps=5, prompts_per_step=4, update={"num_epochs": 1}).train()
+    seen = [prompt for call in recorder.calls for prompt in call["prompts"]]
+    epochs = [seen[start : start + 5] for start in range(0, 20, 5)]
+    assert all(sorted(epoch) == sorted(tiny.PROMPTS) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_numbers_of_the_update_are_means_over_the_tokens_that_count(tmp_path):
+    """KL(old || policy), losses and clipped shares, again from what the loss was given; padding would shift them all."""
+    trainer = tiny.trainer(
+        tmp_path,
+        total_steps=1,
+        prompts_per_step=8,
+        update={"minibatch_size": 8, "num_epochs": 3, "microbatch_tokens": 30},
+    )
+    sums: dict[str, list[float]] = {name: [] for name in ("kl", "policy_loss", "value_loss", "low", "high")}
+    loss = trainer.algorithm.loss
+
+    def spy(outputs, batch):
+        for row in range(len(batch.actions)):
+            for t in range(int(batch.mask[row].sum())):
+                advantage, value, target = (x[row, t].item() for x in (batch.advantages, outputs.values, batch.returns))
+                log_ratio = (outputs.logprobs[row, t] - batch.old_logprobs[row, t]).item()
+                ratio, bounded = math.exp(log_ratio), min(max(math.exp(log_ratio), 0.8), 1.2)
+                near = min(max(value, batch.old_values[row, t].item() - 0.2), batch.old_values[row, t].item() + 0.2)
+                sums["kl"].append(ratio - 1 - log_ratio)
+                sums["policy_loss"].append(-min(ratio * advantage, bounded * advantage))
+                sums["value_loss"].append(0.5 * max((value - target) ** 2, (near - target) ** 2))
+                sums["low"].append(float(ratio < 0.8 and advantage < 0))
+                sums["high"].append(float(ratio > 1.2 and advantage > 0))
+        return loss(outputs, batch)
+
+    trainer.algorithm.loss = spy
+    metrics = trainer.train()
+    expected = {name: sum(values) / len(values) for name, values in sums.items()}
+    assert expected["low"] + expected["high"] > 0.05  # else the clip would not show
+    names = {"kl": "policy_kl", "low": "clip_fraction_low", "high": "clip_fraction_high"}
+    for name, value in expected.items():
+        assert metrics[names.get(name, name)] == pytest.approx(value, abs=1e-5), name
+
+
+def test_completions_are_written_as_they_were_sampled_and_scored(tmp_path):
+    recorder = Recorder()
+    tiny.trainer(tmp_path, rewards=recorder, total_steps=2, log_completions=3).train()
+    lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    special = {tiny.PAD: "<pad>", tiny.BOS: "<bos>", tiny.EOS: "<eos>"}
+    expected = [
+        {
+            "step": step,
+            "prompt": call["prompts"][row],
+            "completion": "".join(special.get(t) or tiny.LETTERS[t - 3] for t in call["ids"][row]),
+            "score": call["scores"][row],
+            "rewards/recorder": call["scores"][row],
+        }
+        for step, call in enumerate(recorder.calls)
+        for row in range(3)
+    ]
+    assert all(math.isfinite(line.pop("advantage")) for line in lines)
+    assert lines == expected
+
+
+def test_evaluation_reports_held_out_prompts_with_the_weights_of_its_moment(tmp_path):
+    """Sampled again here with the trained model, one prompt at a time; the KL by definition, against a copy made before."""
+    lm = tiny.causal_lm(dtype=torch.float64)
+    before, seen = copy.deepcopy(lm), []
+
+    class Watch(Callback):
+        def on_evaluate(self, trainer, step, metrics):
+            seen.append((copy.deepcopy(trainer.policy.lm), metrics))
+
+    held_out = tiny.rows(["abc", "hh", "dead"])
+    tiny.trainer(
+        tmp_path,
+        lm=lm,
+        eval_dataset=held_out,
+        eval_every=2,
+        total_steps=3,
+        callbacks=[Watch()],
+        missing_eos="replace",
+        missing_eos_value=-1.0,
+    ).train()
+    lines = read_metrics(tmp_path)
+    assert [("eval/score" in line) for line in lines] == [False, True, True]  # every second step, and the last
+    tokenizer = tiny.tokenizer()
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in held_out]
+    for (policy, metrics), line in zip(seen, lines[1:], strict=True):
+        completions = [
+            generate(
+                policy,
+                [prompt],
+                GenerationConfig(max_new_tokens=6),
+                draws=Draws(seed=0, stream=EVALUATION, step=0, slots=[slot]),
+                eos_ids=[tiny.EOS],
+            )[0]
+            for slot, prompt in enumerate(prompts)
+        ]
+        texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+        scores = tiny.count_target(texts, [row["target"] for row in held_out])
+        kl = [
+            sum(logprobs_alone(policy, p, c.ids, 1.0)) - sum(logprobs_alone(before, p, c.ids, 1.0))
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        expected = {
+            "eval/score": sum(scores) / 3,
+            "eval/completion_length": sum(len(c.ids) for c in completions) / 3,
+            "eval/truncated_fraction": sum(not c.ended for c in completions) / 3,
+            "eval/reward_kl": sum(kl) / 3,
+        }
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+        assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+# --- layout must not matter ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """Two steps in float64 whose completions differ in length: (weights, metrics)."""
+    return float64_run(tmp_path_factory.mktemp("plain"))
+
+
+def few_kinds(completion_ids):
+    """Looks at ids, so that it does not matter which of them the tokenizer calls special."""
+    return [len(set(ids)) - 0.3 * len(ids) for ids in completion_ids]
+
+
+def float64_run(path: Path, *, tokenizer=None, **options):
+    trainer = tiny.trainer(
+        path,
+        rewards=few_kinds,
+        lm=tiny.causal_lm("gpt2", dtype=torch.float64),
+        tokenizer=tokenizer,
+        total_steps=2,
+        prompts_per_step=6,
+        update={"minibatch_size": 3, **options.pop("update", {})},
+        ppo={"entropy_coef": 0.02, "kl_target": 1.0, "normalize_advantages": "minibatch"},
+        **options,
+    )
+    trainer.train()
+    return weights(trainer), read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"update": {"microbatch_tokens": 1}},
+        {"update": {"microbatch_tokens": 25}},
+        {"generation": {"completions_at_once": 1}},
+        {"generation": {"completions_at_once": 4}},
+    ],
+    ids=str,
+)
+def test_what_fits_into_memory_at_once_changes_no_result(options, plain_run, tmp_path):
+    got, metrics = float64_run(tmp_path, **options)
+    expected, expected_metrics = plain_run
+    assert furthest(got, expected) < 1e-10
+    for line, wanted in zip(metrics, expected_metrics, strict=True):
+        assert line == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("pad", ["<eos>", None, "b"])
+def test_the_pad_token_changes_no_result_be_it_the_end_token_missing_or_an_ordinary_letter(pad, plain_run, tmp_path):
+    got, metrics = float64_run(tmp_path, tokenizer=tiny.tokenizer(pad=pad))
+    assert furthest(got, plain_run[0]) == 0.0 and metrics == plain_run[1]
+
+
+def test_equal_seeds_give_equal_files_and_another_seed_gives_others(tmp_path):
+    files = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)  # the global generator plays no part
+        tiny.trainer(tmp_path / str(number), seed=seed, eval_dataset=tiny.rows(["abc"]), checkpoint_every=2).train()
+        names = ("metrics.jsonl", "completions.jsonl", "policy/model.safetensors", "policy/value_head.safetensors")
+        files.append([(tmp_path / str(number) / name).read_bytes() for name in names])
+    assert files[0] == files[1]
+    assert all(first != other for first, other in zip(files[0], files[2], strict=True))
+
+
+# --- the update ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.05, 1e6])
+def test_the_gradient_is_clipped_to_its_limit_before_each_optimizer_step(max_grad_norm, tmp_path):
+    trainer = tiny.trainer(tmp_path, total_steps=1, update={"max_grad_norm": max_grad_norm})
+    norms = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, args, options: norms.append(
+            math.sqrt(sum(p.grad.square().sum().item() for p in trainer.policy.parameters() if p.grad is not None))
+        )
+    )
+    metrics = trainer.train()
+    assert len(norms) == 4 and metrics["grad_norm"] > 0.06
+    if max_grad_norm < 1:
+        assert norms == pytest.approx([max_grad_norm] * 4, rel=1e-4)
+    else:
+        assert sum(norms) / 4 == pytest.approx(metrics["grad_norm"], rel=1e-4)
+
+
+def test_advantages_are_whitened_over_the_whole_step_and_stay_zero_on_padding(tmp_path):
+    trainer = tiny.trainer(tmp_path, total_steps=1, prompts_per_step=8)
+    batches = []
+    prepare = trainer.algorithm.prepare
+    trainer.algorithm.prepare = lambda *args: batches.append(prepare(*args)) or batches[-1]
+    trainer.train()
+    (batch,) = batches
+    real = batch.advantages[batch.mask].double()
+    assert abs(real.mean().item()) < 1e-6 and real.var(correction=0).item() == pytest.approx(1.0, abs=1e-4)
+    assert not batch.advantages[~batch.mask].any() and not batch.returns[~batch.mask].any()
+
+
+@pytest.mark.parametrize(("missing_eos", "value"), [("keep", None), ("replace", -2.0), ("subtract", 0.5)])
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_the_score_of_a_cut_completion_is_treated_as_asked_by_how_sampling_really_ended(
+    missing_eos, value, pad, tmp_path
+):
+    """The model ends with either of two tokens; only what the length limit cut is concerned, also where padding is EOS."""
+    lm, recorder = tiny.causal_lm(), Recorder()
+    lm.generation_config.eos_token_id = [tiny.EOS, 9]
+    trainer = tiny.trainer(
+        tmp_path,
+        lm=lm,
+        rewards=recorder,
+        total_steps=1,
+        prompts_per_step=20,
+        tokenizer=tiny.tokenizer(pad=pad),
+        missing_eos=missing_eos,
+        missing_eos_value=value,
+    )
+    seen = []
+    prepare = trainer.algorithm.prepare
+    trainer.algorithm.prepare = lambda trajectories, *rest: seen.append(trajectories) or prepare(trajectories, *rest)
+    trainer.train()
+    (call,), (trajectories,) = recorder.calls, seen
+    assert {ids[-1] for ids in call["ids"]} >= {tiny.EOS, 9}
+    for row, (ids, score) in enumerate(zip(call["ids"], call["scores"], strict=True)):
+        if ids[-1] not in (tiny.EOS, 9):
+            score = {"keep": score, "replace": value, "subtract": score - (value or 0.0)}[missing_eos]
+        expected = [0.0] * (len(ids) - 1) + [score]
+        assert trajectories.rewards[row, : len(ids)].tolist() == pytest.approx(expected)
+    assert read_metrics(tmp_path)[0]["score"] == pytest.approx(sum(call["scores"]) / 20)  # what the functions said
+
+
+def test_a_rewarded_letter_becomes_frequent(tmp_path):
+    """The loop as a whole climbs: the signs of reward, advantage and step agree."""
+
+    def many_c(completions):
+        return [text.count("c") / 6 for text in completions]
+
+    tiny.trainer(
+        tmp_path,
+        lm=tiny.causal_lm(initializer_range=0.2),
+        rewards=many_c,
+        total_steps=15,
+        prompts_per_step=32,
+        learning_rate=2e-2,
+        update={"minibatch_size": 32},
+        ppo={"kl_coef": 0.001},
+    ).train()
+    lines = read_metrics(tmp_path)
+    assert lines[0]["score"] < 0.2 and lines[-1]["score"] > 0.5
+
+
+@pytest.mark.parametrize("case", ["every completion ends at once", "every completion is cut"])
+def test_completions_of_one_token_and_completions_without_an_end_are_trained_on(case, tmp_path):
+    lm, changes = tiny.causal_lm(), {"missing_eos": "replace", "missing_eos_value": -1.0}
+    if case == "every completion ends at once":
+        lm.generation_config.eos_token_id = list(range(tiny.VOCABULARY))
+    else:
+        tokenizer = tiny.tokenizer()
+        tokenizer.eos_token = "<bos>"  # which the model never says
+        lm.generation_config.eos_token_id = None
+        never = torch.tensor([tiny.BOS])
+        lm.get_output_embeddings().register_forward_hook(lambda m, args, logits: logits.index_fill(-1, never, -1e4))
+        changes["tokenizer"] = tokenizer
+    before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    metrics = tiny.trainer(tmp_path, lm=lm, total_steps=2, **changes).train()
+    cut = case == "every completion is cut"
+    assert metrics["truncated_fraction"] == cut and metrics["completion_length"] == (6 if cut else 1)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert furthest(before, {name: p.detach() for name, p in lm.named_parameters()}) > 0
+
+
+# --- the result ---------------------------------------------------------------------------------------------------------
+
+READ_POLICY = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+ids = AutoTokenizer.from_pretrained(sys.argv[1])("abcd", return_tensors="pt")["input_ids"]
+torch.save(model.eval()(ids).logits.detach(), sys.argv[2])
+assert not any(name.split(".")[0] == "rlhf" for name in sys.modules), "imported rlhf"
+print(json.dumps([sorted(map(str, info["missing_keys"])), sorted(map(str, info["unexpected_keys"]))]))
+"""
+
+
+def test_the_trained_policy_loads_in_a_process_that_never_imports_this_toolkit(tmp_path):
+    trainer = tiny.trainer(tmp_path / "run")
+    trainer.train()
+    command = [sys.executable, "-c", READ_POLICY, str(tmp_path / "run" / "policy"), str(tmp_path / "logits")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], []]
+    ids = tiny.tokenizer()("abcd", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = trainer.policy.lm(ids).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=0, atol=1e-6)
+    assert (tmp_path / "run" / "policy" / "value_head.safetensors").is_file()
+
+
+def test_a_policy_given_by_its_path_trains_as_the_same_policy_in_memory_does(tmp_path):
+    tiny.causal_lm().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    runs = []
+    for name, lm, tokenizer in (
+        ("a", str(tmp_path / "model"), str(tmp_path / "model")),
+        ("b", tiny.causal_lm(), tiny.tokenizer()),
+    ):
+        tiny.trainer(tmp_path / name, lm=lm, tokenizer=tokenizer).train()
+        runs.append((tmp_path / name / "metrics.jsonl").read_bytes())
+    assert runs[0] == runs[1]
+
+
+BFLOAT16_RUN = """
+import sys, torch
+from tests import tiny
+lm, used = tiny.causal_lm(initializer_range=0.1), set()
+trainer = tiny.trainer(sys.argv[1], lm=lm, precision="bfloat16")
+lm.get_output_embeddings().register_forward_hook(lambda module, args, output: used.add(output.dtype))
+before = {n: p.detach().clone() for n, p in trainer.policy.named_parameters()}
+metrics = trainer.train()
+assert used == {torch.bfloat16}, "sampling, scoring and training compute alike"
+assert {p.dtype for p in trainer.policy.parameters()} == {torch.float32}
+assert all(v.dtype == torch.float32 for s in trainer._own_optimizer.state.values() for v in s.values())
+assert any((p - before[n]).abs().max() > 0 for n, p in trainer.policy.named_parameters())
+"""
+
+
+def test_bfloat16_computes_over_weights_and_moments_in_float32(tmp_path):
+    """In a process of its own: Accelerate fixes the precision for the life of a process."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", BFLOAT16_RUN, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in read_metrics(tmp_path):
+        assert line["sampler_gap"] < 0.1 and abs(line["reward_kl"]) < 5
+    assert "bfloat16" in done.stdout and abs(read_metrics(tmp_path)[0]["reward_kl"]) < 1e-6
+
+
+def test_a_tracker_gets_settings_and_metrics(tmp_path):
+    pytest.importorskip("tensorboard")
+    tiny.trainer(tmp_path / "run", total_steps=1, tracker="tensorboard").train()
+    assert list((tmp_path / "run" / "tracker").rglob("events.out.tfevents.*"))
+
+
+def test_an_error_in_the_evaluation_loses_no_step(tmp_path):
+    def fails_on_held_out(completions, trainer_state, prompts, **_):
+        if "hhh" in prompts:
+            raise RuntimeError("no answer for this one")
+        return [float(len(text)) for text in completions]
+
+    trainer = tiny.trainer(
+        tmp_path, rewards=fails_on_held_out, dataset=[{"prompt": "ab"}], eval_dataset=[{"prompt": "hhh"}]
+    )
+    with pytest.raises(InputError, match="fails_on_held_out"):
+        trainer.train()
+    assert len(read_metrics(tmp_path)) == 3
+    assert (tmp_path / "checkpoints" / "step-000003").is_dir()
