@@ -63,7 +63,13 @@ class Trajectories:
     """(rows,) bool: False where no reward function gave a score; None: all have one. Algorithms that compare scores within
     a group leave such rows out."""
     policy_version: Tensor | None = None
-    """(rows,) int64: the number of updates the sampling policy had seen."""
+    """(rows, time) int64: how many updates the policy that sampled each action had seen; None: all of them as many as the
+    policy that is trained now."""
+
+    def batch(self, **made: Any) -> "TrainingBatch":
+        """The batch to train on: what it has in common with the trajectories, and what `Algorithm.prepare` made of them."""
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return TrainingBatch(**{**kept, **made})
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class TrainingBatch:
     old_values: Tensor | None = None
     ref_logprobs: Tensor | None = None
     old_distribution: Tensor | None = None
+    policy_version: Tensor | None = None
     row_tokens: Tensor
     row_index: Tensor
     weightings: dict[str, Weighting]
@@ -149,7 +156,11 @@ class TrainingBatch:
 
 _TIMED = (
     *("actions", "mask", "old_logprobs", "sampling_logprobs", "advantages", "returns", "old_values", "ref_logprobs"),
-    "old_distribution",
+    *("old_distribution", "policy_version"),
+)
+_KEPT = (
+    *("inputs", "actions", "mask", "old_logprobs", "sampling_logprobs", "ref_logprobs", "policy_version"),
+    *("row_tokens", "row_index"),
 )
 _ROWS = (*_TIMED, "inputs", "row_tokens", "row_index", "weightings")
 

@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
-from rlhf.algorithms.base import Group, State
+from rlhf.algorithms.base import Algorithm, Loss, State
 from rlhf.algorithms.presets import PRESETS
 from rlhf.core.advantages import equal_groups, group_advantages, return_to_go
 from rlhf.core.kl import LossKL, kl_estimate, kl_loss
@@ -28,7 +27,7 @@ from rlhf.core.losses import (
 from rlhf.core.masking import AllSum, masked_sum, weighted_sum, whiten
 from rlhf.errors import InputError
 from rlhf.settings import check_types
-from rlhf.types import Metrics, PolicyOutputs, TrainingBatch, Trajectories, Weighting
+from rlhf.types import PolicyOutputs, TrainingBatch, Trajectories, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +123,8 @@ _AT_LEAST = {
 }
 
 
-class GRPO:
+class GRPO(Algorithm):
     """Scores -> advantages relative to the group -> policy loss (+ kl_coef * KL - entropy_coef * entropy)."""
-
-    whiten_minibatch = False
-    measures_kl: Literal["never", "update", "epoch"] = "never"
 
     def __init__(self, config: GRPOConfig | None = None) -> None:
         self.config = config = config or GRPOConfig()
@@ -138,27 +134,11 @@ class GRPO:
         needs = {"reference": config.kl_coef > 0, "entropy": config.entropy_coef > 0}
         self.needs = frozenset(name for name, needed in needs.items() if needed)
 
-    def initial_state(self) -> State:
-        return {}
-
-    def full_batch_step(self, policy: Module, batch: TrainingBatch, group: Group) -> dict[str, float]:
-        return {}
-
-    def adapt(self, state: State, kl: float) -> dict[str, float]:
-        return {}
-
-    def prepare(self, trajectories: Trajectories, progress: float, state: State, all_sum: AllSum) -> TrainingBatch:
-        """Advantages of all tokens, and the weight of each in the loss. Rows of one group must be adjacent."""
-        config, mask, old = self.config, trajectories.mask, trajectories.old_logprobs
-        scores, kl = torch.where(mask, trajectories.rewards, 0.0).sum(-1), torch.zeros_like(old)
-        metrics = {"zero_variance_fraction": self._zero_variance(scores, trajectories.scored, all_sum)}
-        if trajectories.ref_logprobs is not None:
-            kl = torch.where(mask, kl_estimate(old, trajectories.ref_logprobs, "k1"), 0.0)
-            metrics |= {"reward_kl": _mean(kl.sum(-1), all_sum), "kl_coef": config.kl_coef}
-        if config.kl_placement == "score":
-            scores = scores - config.kl_coef * kl.sum(-1)
+    def advantages(self, rewards: Tensor, trajectories: Trajectories, all_sum: AllSum) -> tuple[Tensor, None]:
+        """Of all tokens of a completion alike: what its score is beside those of its group."""
+        config = self.config
         of_row = group_advantages(
-            scores,
+            _scores(rewards, trajectories.mask),
             config.completions_per_prompt,
             center=config.center,
             scale=config.scale,
@@ -167,7 +147,20 @@ class GRPO:
             scored=trajectories.scored,
             all_sum=all_sum,
         )
-        advantages = torch.where(mask, of_row.unsqueeze(1), 0.0)
+        return torch.where(trajectories.mask, of_row.unsqueeze(1), 0.0), None
+
+    def prepare(self, trajectories: Trajectories, progress: float, state: State, all_sum: AllSum) -> TrainingBatch:
+        """Advantages of all tokens, and the weight of each in the loss. Rows of one group must be adjacent."""
+        config, mask, old = self.config, trajectories.mask, trajectories.old_logprobs
+        rewards, kl = trajectories.rewards, torch.zeros_like(old)
+        metrics = {"zero_variance_fraction": self._zero_variance(rewards, trajectories, all_sum)}
+        if trajectories.ref_logprobs is not None:
+            kl = torch.where(mask, kl_estimate(old, trajectories.ref_logprobs, "k1"), 0.0)
+            metrics |= {"reward_kl": _mean(kl.sum(-1), all_sum), "kl_coef": config.kl_coef}
+        if config.kl_placement == "score":
+            penalty = (config.kl_coef * kl.sum(-1)).unsqueeze(1)
+            rewards = rewards - torch.where(trajectories.episode_ends & mask, penalty, 0.0)  # where the score lies
+        advantages, _ = self.advantages(rewards, trajectories, all_sum)
         if config.kl_placement == "return_to_go":
             advantages = advantages - config.kl_coef * return_to_go(kl, mask)
         learns = mask & ~self._left_out(trajectories).unsqueeze(1)
@@ -177,24 +170,18 @@ class GRPO:
             advantages = torch.where(trajectories.scored.unsqueeze(1), advantages, 0.0)
         high = config.clip_range if config.clip_range_high is None else config.clip_range_high
         weighting = self._weighting(mask, learns, old.dtype)
-        return TrainingBatch(
-            inputs=trajectories.inputs,
-            actions=trajectories.actions,
-            mask=mask,
-            old_logprobs=old,
-            sampling_logprobs=trajectories.sampling_logprobs,
+        return trajectories.batch(
             advantages=advantages,
-            ref_logprobs=trajectories.ref_logprobs,
-            row_tokens=trajectories.row_tokens,
-            row_index=trajectories.row_index,
             weightings={"policy": weighting, "entropy": weighting},
             coefficients={"clip_low": config.clip_range, "clip_high": high},
             metrics=metrics,
         )
 
-    def _zero_variance(self, scores: Tensor, scored: Tensor | None, all_sum: AllSum) -> float:
+    def _zero_variance(self, rewards: Tensor, trajectories: Trajectories, all_sum: AllSum) -> float:
         """Share of groups whose scores are all equal."""
-        return _mean(equal_groups(scores, self.config.completions_per_prompt, scored).to(scores.dtype), all_sum)
+        scores = _scores(rewards, trajectories.mask)
+        equal = equal_groups(scores, self.config.completions_per_prompt, trajectories.scored)
+        return _mean(equal.to(scores.dtype), all_sum)
 
     def _left_out(self, trajectories: Trajectories) -> Tensor:
         """(rows,) bool: completions that teach nothing, without a score or cut."""
@@ -221,7 +208,7 @@ class GRPO:
             divisor, count = lengths.view(-1, size).sum(1).repeat_interleave(size), ones / size
         return Weighting(torch.where(learns, 1 / divisor.clamp(min=1).unsqueeze(1), 0.0).to(dtype), count)
 
-    def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Loss:
         """One microbatch's share of the loss, over the minibatch's global denominators."""
         config, mask = self.config, batch.mask
         token_ratios = log_ratio(outputs.logprobs, batch.old_logprobs, mask)
@@ -240,7 +227,7 @@ class GRPO:
         total = parts["policy"]
         for name, coefficient in coefficients.items():
             total = total + coefficient * parts[name]
-        return total, self._metrics(token_ratios, ratios, parts, batch)
+        return self._report(total, token_ratios, ratios, parts, batch)
 
     def _policy_loss(self, logprobs: Tensor, ratios: Tensor, batch: TrainingBatch) -> Tensor:
         config, mask, advantages = self.config, batch.mask, batch.advantages
@@ -258,8 +245,10 @@ class GRPO:
         return loss / mask.sum(-1, keepdim=True).clamp(min=1) if config.ratio == "sequence" else loss
 
     @torch.no_grad()
-    def _metrics(self, token_ratios: Tensor, ratios: Tensor, parts: dict[str, Tensor], batch: TrainingBatch) -> Metrics:
-        """(sum, count) pairs: means over tokens, and each term's share of the minibatch's loss."""
+    def _report(
+        self, total: Tensor, token_ratios: Tensor, ratios: Tensor, parts: dict[str, Tensor], batch: TrainingBatch
+    ) -> Loss:
+        """The loss and its metrics: means over tokens, and each term's share of the minibatch's loss."""
         learns = batch.weightings["policy"].weight != 0
         count = learns.sum()
         bounds = {"clip_low": batch.coefficients["clip_low"], "clip_high": batch.coefficients["clip_high"]}
@@ -271,11 +260,16 @@ class GRPO:
             "clip_fraction_low": low.to(k3.dtype),
             "clip_fraction_high": high.to(k3.dtype),
         }
-        metrics = {name: (masked_sum(values, learns), count) for name, values in of_tokens.items()}
+        terms = {name: (masked_sum(values, learns), count) for name, values in of_tokens.items()}
         share = batch.weightings["policy"].count.sum() / batch.denominators["policy"]
         for name, part in parts.items():
-            metrics["entropy" if name == "entropy" else f"{name}_loss"] = (part, share)
-        return metrics
+            terms["entropy" if name == "entropy" else f"{name}_loss"] = (part, share)
+        return Loss(total, terms, terms.pop("policy_kl"))
+
+
+def _scores(rewards: Tensor, mask: Tensor) -> Tensor:
+    """The score of each completion, (rows,)."""
+    return torch.where(mask, rewards, 0.0).sum(-1)
 
 
 def _mean(values: Tensor, all_sum: AllSum) -> float:

@@ -5,9 +5,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
-from rlhf.algorithms.base import Group, State
+from rlhf.algorithms.base import Algorithm, Loss, State
 from rlhf.core.advantages import gae
 from rlhf.core.kl import adaptive_kl_coef, adaptive_penalty_coef, kl_estimate
 from rlhf.core.losses import (
@@ -21,7 +20,7 @@ from rlhf.core.losses import (
 from rlhf.core.masking import AllSum, masked_mean, weighted_sum, whiten
 from rlhf.errors import InputError
 from rlhf.settings import check_types
-from rlhf.types import Metrics, PolicyOutputs, TrainingBatch, Trajectories, token_mean
+from rlhf.types import PolicyOutputs, TrainingBatch, Trajectories, token_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +95,8 @@ def _require(name: str, value: float | None, holds, wanted: str) -> None:  # typ
         raise InputError(f"{name} must be {wanted}, got {value}.")
 
 
-class PPO:
+class PPO(Algorithm):
     """Rewards -> advantages (KL penalty, GAE, whitening) -> loss (policy + value_coef * value - entropy_coef * entropy)."""
-
-    completions_per_prompt = 1
 
     def __init__(self, config: PPOConfig | None = None) -> None:
         self.config = config = config or PPOConfig()
@@ -111,15 +108,11 @@ class PPO:
         }
         self.needs = frozenset(name for name, needed in needs.items() if needed)
         self.whiten_minibatch = config.normalize_advantages == "minibatch"
-        self.measures_kl: Literal["never", "update", "epoch"] = "never"
         if config.penalty_coef > 0:  # also with a fixed coefficient, to be seen in the metrics
             self.measures_kl = "epoch" if config.penalty_target and config.penalty_adapts == "epoch" else "update"
 
     def initial_state(self) -> State:
         return {"kl_coef": self.config.kl_coef, "penalty_coef": self.config.penalty_coef}
-
-    def full_batch_step(self, policy: Module, batch: TrainingBatch, group: Group) -> dict[str, float]:
-        return {}
 
     def adapt(self, state: State, kl: float) -> dict[str, float]:
         """PPO-Penalty's coefficient for what follows."""
@@ -127,6 +120,19 @@ class PPO:
             return {}
         state["penalty_coef"] = adaptive_penalty_coef(state["penalty_coef"], kl, target=self.config.penalty_target)
         return {"penalty_coef": state["penalty_coef"]}
+
+    def advantages(self, rewards: Tensor, trajectories: Trajectories, all_sum: AllSum) -> tuple[Tensor, Tensor]:
+        """Generalised advantage estimation, and its returns."""
+        return gae(
+            rewards,
+            trajectories.values,
+            trajectories.next_values,
+            trajectories.terminated,
+            trajectories.episode_ends,
+            trajectories.mask,
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        )
 
     def prepare(self, trajectories: Trajectories, progress: float, state: State, all_sum: AllSum) -> TrainingBatch:
         """Rewards with the KL penalty -> advantages and returns. Adapts state["kl_coef"] for the next step."""
@@ -138,16 +144,7 @@ class PPO:
             kl = torch.where(mask, kl, 0.0)
             rewards = rewards - state["kl_coef"] * kl
             metrics = self._reference_kl(kl, state, all_sum)
-        advantages, returns = gae(
-            rewards,
-            trajectories.values,
-            trajectories.next_values,
-            trajectories.terminated,
-            trajectories.episode_ends,
-            mask,
-            gamma=config.gamma,
-            gae_lambda=config.gae_lambda,
-        )
+        advantages, returns = self.advantages(rewards, trajectories, all_sum)
         if "values" in self.needs:
             metrics["explained_variance"] = _explained_variance(trajectories.values, returns, mask, all_sum)
         if config.penalty_coef > 0:
@@ -157,19 +154,11 @@ class PPO:
         weighting = token_mean(mask, advantages.dtype)
         shrink = 1.0 - progress if config.anneal_clip else 1.0
         high = config.clip_range if config.clip_range_high is None else config.clip_range_high
-        return TrainingBatch(
-            inputs=trajectories.inputs,
-            actions=trajectories.actions,
-            mask=mask,
-            old_logprobs=trajectories.old_logprobs,
-            sampling_logprobs=trajectories.sampling_logprobs,
+        return trajectories.batch(
             advantages=advantages,
             returns=returns,
             old_values=trajectories.values,
-            ref_logprobs=trajectories.ref_logprobs,
             old_distribution=trajectories.old_distribution if "distribution" in self.needs else None,
-            row_tokens=trajectories.row_tokens,
-            row_index=trajectories.row_index,
             weightings={"policy": weighting, "value": weighting, "entropy": weighting},
             coefficients={
                 "clip_low": config.clip_range * shrink,
@@ -179,7 +168,7 @@ class PPO:
             metrics=metrics,
         )
 
-    def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Loss:
         """One microbatch's share of the loss (eq. 9), over the minibatch's global denominators."""
         config, mask = self.config, batch.mask
         bounds = {"clip_low": batch.coefficients["clip_low"], "clip_high": batch.coefficients["clip_high"]}
@@ -202,7 +191,7 @@ class PPO:
         total = parts["policy"]
         for name in list(parts)[1:]:
             total = total + coefficients[name] * parts[name]
-        return total, self._metrics(outputs, batch, parts, bounds)
+        return self._report(total, outputs, batch, parts, bounds)
 
     def _policy_loss(self, outputs: PolicyOutputs, batch: TrainingBatch, bounds: dict[str, float]) -> Tensor:
         config, mask = self.config, batch.mask
@@ -221,10 +210,15 @@ class PPO:
         return kl_estimate(-lr, torch.zeros_like(lr), "k3")
 
     @torch.no_grad()
-    def _metrics(
-        self, outputs: PolicyOutputs, batch: TrainingBatch, parts: dict[str, Tensor], bounds: dict[str, float]
-    ) -> Metrics:
-        """Token means are given as (sum, count); a loss is already a share of the minibatch, counted by its rows' share."""
+    def _report(
+        self,
+        total: Tensor,
+        outputs: PolicyOutputs,
+        batch: TrainingBatch,
+        parts: dict[str, Tensor],
+        bounds: dict[str, float],
+    ) -> Loss:
+        """The loss and its metrics: token means, and each term's share of the minibatch, counted by its rows' share."""
         mask = batch.weightings["policy"].weight != 0
         count = mask.sum()
         lr = log_ratio(outputs.logprobs, batch.old_logprobs, mask)  # 0 outside the mask, where all of these vanish
@@ -232,7 +226,7 @@ class PPO:
         k3 = kl_estimate(-lr, torch.zeros_like(lr), "k3")  # samples of the old policy: KL(old || policy)
         names = ("policy_kl", "policy_kl_k1", "clip_fraction_low", "clip_fraction_high")
         sums = torch.stack([k3, -lr, low.to(lr.dtype), high.to(lr.dtype)]).sum((1, 2)).unbind()  # one reduction for all
-        metrics = {name: (total, count) for name, total in zip(names, sums, strict=True)}
+        terms = {name: (value, count) for name, value in zip(names, sums, strict=True)}
         shares: dict[int, Tensor] = {}
         for name, part in parts.items():
             if name == "penalty":
@@ -240,8 +234,8 @@ class PPO:
             counts = batch.weightings[name].count
             if id(counts) not in shares:
                 shares[id(counts)] = counts.sum() / batch.denominators[name]
-            metrics["entropy" if name == "entropy" else f"{name}_loss"] = (part, shares[id(counts)])
-        return metrics
+            terms["entropy" if name == "entropy" else f"{name}_loss"] = (part, shares[id(counts)])
+        return Loss(total, terms, terms.pop("policy_kl"))
 
     def _reference_kl(self, kl: Tensor, state: State, all_sum: AllSum) -> dict[str, float]:
         """Nats per completion of this rollout; adapts the coefficient that the next rollout will use."""

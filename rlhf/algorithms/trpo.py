@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from rlhf.algorithms.base import Group
+from rlhf.algorithms.base import Group, Loss
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.losses import clipped_value_loss, unclipped_surrogate
 from rlhf.core.masking import weighted_sum
 from rlhf.core.trust_region import conjugate_gradient, fisher_vector_product, flatten, line_search, step_size
 from rlhf.errors import InputError, TrainingError
 from rlhf.settings import check_types
-from rlhf.types import Metrics, PolicyOutputs, TrainingBatch
+from rlhf.types import PolicyOutputs, TrainingBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class TRPO(PPO):
             "cg_residual": ((curved - gradient).norm() / size).item() if size > 0 else 0.0,
         }
 
-    def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Loss:
         """One microbatch's share of the value loss; the policy's own parameters get no gradient from it."""
         assert outputs.values is not None and batch.old_values is not None and batch.returns is not None
         terms = {
@@ -145,8 +145,8 @@ class TRPO(PPO):
             # data parallelism waits for a gradient of every parameter that the forward used: give it zeros
             total = total + 0.0 * torch.where(batch.mask, outputs.logprobs, 0.0).sum()
         bounds = {"clip_low": batch.coefficients["clip_low"], "clip_high": batch.coefficients["clip_high"]}
-        metrics = self._metrics(outputs, batch, parts, bounds)
-        return total, {name: metric for name, metric in metrics.items() if not name.startswith("clip_fraction")}
+        loss = self._report(total, outputs, batch, parts, bounds)
+        return loss._replace(terms={n: term for n, term in loss.terms.items() if not n.startswith("clip_fraction")})
 
     def _check(self, objective: float, old_kl: float, gradient: Tensor) -> None:
         """What must hold before the step: finite numbers, and a stored distribution that is the policy's own."""

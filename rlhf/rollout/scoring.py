@@ -207,7 +207,7 @@ def score(
         row_tokens=row_tokens,
         row_index=torch.tensor(rollout.row_index, device=device),
         scored=None if not of_row.isnan().any() else ~of_row.isnan(),
-        policy_version=torch.full_like(row_tokens, rollout.version),
+        policy_version=torch.full_like(actions, rollout.version),
     )
 
 

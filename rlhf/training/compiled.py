@@ -198,10 +198,10 @@ class _Graph:
             def policy(*args: Any, **kwargs: Any) -> PolicyOutputs:
                 return functional_call(owner.policy, tensors, args, kwargs)
 
-            total, metrics = owner.algorithm.loss(forward(policy, owner.algorithm, minibatch), minibatch)
-            self.metrics = list(metrics)
-            numbers = torch.stack([number.to(total.dtype) for pair in metrics.values() for number in pair])
-            return total, (numbers, metrics["policy_kl"][0] / minibatch.mask.sum())
+            loss = owner.algorithm.loss(forward(policy, owner.algorithm, minibatch), minibatch)
+            self.metrics = list(loss.metrics)
+            numbers = torch.stack([number.to(loss.total.dtype) for pair in loss.metrics.values() for number in pair])
+            return loss.total, (numbers, loss.policy_kl[0] / minibatch.mask.sum())
 
         gradient, (numbers, kl) = grad(loss, has_aux=True)(vectors[0])
         norm = torch.linalg.vector_norm(gradient)

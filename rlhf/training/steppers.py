@@ -116,11 +116,11 @@ class EagerStepper:
         microbatches = split_minibatch(minibatch, self.microbatch_tokens, group.rank, group.world_size)
         for number, microbatch in enumerate(microbatches):
             with group.accumulate(self.policy, last=number == len(microbatches) - 1):
-                loss, metrics = self.algorithm.loss(forward(self.policy, self.algorithm, microbatch), microbatch)
-                group.backward(loss)
-            sums.add(metrics)
+                loss = self.algorithm.loss(forward(self.policy, self.algorithm, microbatch), microbatch)
+                group.backward(loss.total)
+            sums.add(loss.metrics)
             if kl is not None:
-                kl = kl + metrics["policy_kl"][0] / minibatch.mask.sum()
+                kl = kl + loss.policy_kl[0] / minibatch.mask.sum()
         return kl
 
     def _step(self) -> Tensor:
@@ -155,7 +155,7 @@ def trained_parameters(policy: Module, algorithm: Algorithm, batch: TrainingBatc
     minibatch = prepare_minibatch(batch.select(slice(0, 1)), whiten_advantages=False)
     candidates = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        loss, _ = algorithm.loss(forward(policy, algorithm, minibatch), minibatch)
+        loss = algorithm.loss(forward(policy, algorithm, minibatch), minibatch).total
         gradients = torch.autograd.grad(loss, list(candidates.values()), allow_unused=True)
     given = zip(candidates.items(), gradients, strict=True)
     return {name: parameter for (name, parameter), gradient in given if gradient is not None}

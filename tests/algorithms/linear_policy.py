@@ -114,7 +114,7 @@ def gradient(policy: Linear, algorithm: PPO, batch: TrainingBatch) -> list[Tenso
     old = {} if batch.old_distribution is None else {"old_distribution": batch.old_distribution}
     needs = algorithm.needs
     outputs = policy(batch.inputs, batch.actions, with_values="values" in needs, with_entropy="entropy" in needs, **old)
-    loss, _ = algorithm.loss(outputs, replace(batch, denominators=count))
+    loss = algorithm.loss(outputs, replace(batch, denominators=count)).total
     return gradients_of(loss, policy)
 
 

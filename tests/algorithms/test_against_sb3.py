@@ -93,9 +93,9 @@ class Minibatch:
             denominators=dict.fromkeys(("policy", "value", "entropy"), torch.tensor(float(ROWS))),
         )
         policy.zero_grad()
-        loss, metrics = PPO(config).loss(outputs, batch)
-        loss.backward()
-        self.clipped = sum(float(metrics[f"clip_fraction_{side}"][0]) for side in ("low", "high"))
+        loss = PPO(config).loss(outputs, batch)
+        loss.total.backward()
+        self.clipped = sum(float(loss.terms[f"clip_fraction_{side}"][0]) for side in ("low", "high"))
         return self._flat(p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters())
 
     @staticmethod

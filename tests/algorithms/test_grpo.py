@@ -58,7 +58,7 @@ def loss_of(config: GRPOConfig, theta: Tensor, rows: Tensor, rewards: Tensor, ol
     reference = PROBLEM.reference if "reference" in algorithm.needs else None
     given = trajectories(rows, rewards, theta.detach() if old is None else old, reference)
     batch = prepare_minibatch(algorithm.prepare(given, 0.0, {}, local_sum), whiten_advantages=False)
-    loss, _ = algorithm.loss(PolicyOutputs(logprobs=tree.token_logprobs(theta)[rows]), batch)
+    loss = algorithm.loss(PolicyOutputs(logprobs=tree.token_logprobs(theta)[rows]), batch).total
     return loss
 
 

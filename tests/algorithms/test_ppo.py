@@ -152,7 +152,7 @@ def check_exact_gradient() -> None:
     for critic in (torch.zeros(7).double(), torch.linspace(-1, 1, 7).double()):
         config = PPOConfig(kl_coef=problem.beta, gae_lambda=1.0, normalize_advantages="none", value_coef=0.0)
         batch, logprobs = enumerated(problem, theta, critic, config)
-        loss, _ = PPO(config).loss(PolicyOutputs(logprobs=logprobs, values=batch.old_values), batch)
+        loss = PPO(config).loss(PolicyOutputs(logprobs=logprobs, values=batch.old_values), batch).total
         (ours,) = torch.autograd.grad(loss, theta)
         (wanted,) = torch.autograd.grad(problem.objective(theta), theta)
         torch.testing.assert_close(ours, -wanted, **EXACT)
@@ -239,10 +239,10 @@ def check_loss() -> None:
     max(2.25, 0.64).
     """
     algorithm, outputs, batch = loss_case()
-    loss, metrics = algorithm.loss(outputs, batch)
+    loss = algorithm.loss(outputs, batch)
     value_loss = 0.5 * (2.25 + 0.81 + 0.64 + 2.25) / 4
-    assert loss.item() == pytest.approx(0.025 + 0.5 * value_loss - 0.25 * 2.5, abs=1e-12)
-    means = {name: (total / count).item() for name, (total, count) in metrics.items()}
+    assert loss.total.item() == pytest.approx(0.025 + 0.5 * value_loss - 0.25 * 2.5, abs=1e-12)
+    means = {name: (total / count).item() for name, (total, count) in loss.terms.items()}
     assert means["policy_loss"] == pytest.approx(0.025, abs=1e-12)
     assert means["value_loss"] == pytest.approx(value_loss, abs=1e-12)
     assert means["entropy"] == pytest.approx(2.5, abs=1e-12)
@@ -264,7 +264,7 @@ def test_the_loss_is_policy_plus_value_minus_entropy_by_hand():
 def check_metrics() -> None:
     """KL(old || policy) = 1/2 log 2 + 1/2 log(2/3), whichever estimator; clipped: only A = -1 at 1/2 and A = 1 at 3/2."""
     algorithm, outputs, batch = loss_case()
-    _, metrics = algorithm.loss(outputs, batch)
+    metrics = algorithm.loss(outputs, batch).metrics
     means = {name: (total / count).item() for name, (total, count) in metrics.items()}
     exact = 0.5 * log(2) + 0.5 * log(2 / 3)
     assert means["policy_kl"] == pytest.approx(exact, abs=1e-12)

@@ -514,13 +514,13 @@ def test_the_loss_is_that_of_the_values_and_gives_the_policy_no_gradient():
     outputs = policy(batch.inputs, batch.actions)
     outputs.values.retain_grad()
     whole = replace(batch, denominators={name: w.count.sum() for name, w in batch.weightings.items()})
-    loss, metrics = TRPO(CONFIG).loss(outputs, whole)
-    assert loss.item() == pytest.approx(0.25, abs=1e-12)
-    loss.backward()
+    loss = TRPO(CONFIG).loss(outputs, whole)
+    assert loss.total.item() == pytest.approx(0.25, abs=1e-12)
+    loss.total.backward()
     torch.testing.assert_close(outputs.values.grad, torch.full_like(outputs.values, -0.5 / 8), **EXACT)
     assert all(parameter.grad is None for parameter in policy.policy_net.parameters())
     assert all(parameter.grad is not None for parameter in policy.value_net.parameters())
-    assert {"value_loss", "policy_kl"} <= set(metrics) and not any("clip" in name for name in metrics)
+    assert "value_loss" in loss.terms and not any("clip" in name for name in loss.metrics)
 
 
 def test_the_value_loss_is_clipped_where_value_clip_range_asks():
@@ -530,7 +530,7 @@ def test_the_value_loss_is_clipped_where_value_clip_range_asks():
     outputs = PolicyOutputs(logprobs=batch.old_logprobs, values=values)
     given = replace(batch, old_values=f64([[0.0], [0.0]]), returns=f64([[0.0], [1.0]]))
     given = replace(given, denominators={name: w.count.sum() for name, w in batch.weightings.items()})
-    loss, _ = TRPO(replace(CONFIG, value_clip_range=0.25)).loss(outputs, given)
+    loss = TRPO(replace(CONFIG, value_clip_range=0.25)).loss(outputs, given).total
     assert loss.item() == pytest.approx(0.5 * (0.5 + 0.5 * 0.75**2) / 2, abs=1e-12)
 
 
@@ -562,7 +562,7 @@ def check_data_parallelism(algorithm: TRPO) -> None:
     for _ in range(2):
         optimizer.zero_grad()
         try:
-            algorithm.loss(wrapped(batch.inputs, batch.actions), whole)[0].backward()
+            algorithm.loss(wrapped(batch.inputs, batch.actions), whole).total.backward()
         except RuntimeError as error:
             raise AssertionError("a parameter of the forward got no gradient") from error
         optimizer.step()

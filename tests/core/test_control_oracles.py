@@ -422,7 +422,7 @@ def reinforce_gradient(mdp: MDP, config: PPOConfig, *, discount_late_steps: bool
         denominators=dict.fromkeys(batch.weightings, torch.ones((), dtype=F64)),
     )
     outputs = policy(batch.inputs, batch.actions, with_values="values" in algorithm.needs)
-    loss, _ = algorithm.loss(outputs, batch)
+    loss = algorithm.loss(outputs, batch).total
     loss.backward()
     return -policy.logits.grad
 

@@ -84,7 +84,7 @@ def test_the_end_token_counts_although_padding_is_the_same_token():
 
 def test_rows_keep_their_place_in_the_global_batch_and_the_version_that_sampled_them():
     got = scored(THREE_TOKENS, [0.0] * 3, row_index=[7, 2, 5], version=4)
-    assert got.row_index.tolist() == [7, 2, 5] and got.policy_version.tolist() == [4, 4, 4]
+    assert got.row_index.tolist() == [7, 2, 5] and got.policy_version.unique().tolist() == [4]
 
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 5, 6, 9, 10, 100])

@@ -111,11 +111,10 @@ class KLAsLoss(PPO):
         return super().prepare(trajectories, progress, {"kl_coef": 0.0}, all_sum)
 
     def loss(self, outputs, batch):
-        total, metrics = super().loss(outputs, batch)
+        loss = super().loss(outputs, batch)
         weighting, denominator = batch.weightings["policy"], batch.denominators["policy"]
-        return total + self.config.kl_coef * weighted_sum(
-            self.penalty(outputs, batch), weighting.weight, denominator
-        ), metrics
+        penalty = weighted_sum(self.penalty(outputs, batch), weighting.weight, denominator)
+        return loss._replace(total=loss.total + self.config.kl_coef * penalty)
 
     def penalty(self, outputs, batch):
         return kl_estimate(outputs.logprobs, batch.ref_logprobs, self.estimator)
