@@ -25,7 +25,7 @@ from rlhf.models.policy import Policy  # noqa: E402
 from rlhf.rewards.combine import RewardResult  # noqa: E402
 from rlhf.rollout.in_process import Completion  # noqa: E402
 from rlhf.rollout.scoring import Rollout, score  # noqa: E402
-from rlhf.training.update import UpdateConfig, update  # noqa: E402
+from rlhf.training.update import UpdateConfig, make_stepper, update  # noqa: E402
 from rlhf.types import TrainingBatch  # noqa: E402
 
 disable_progress_bar()
@@ -248,7 +248,8 @@ def ours(
     policy = Policy(deepcopy(weights.present), temperature=temperature)
     keep = Keep(policy)
     settings = UpdateConfig(num_epochs=1, minibatch_size=None, microbatch_tokens=40, max_grad_norm=1e9)
-    metrics = update(policy, algorithm, training.select(torch.tensor(window)), keep, settings, group, seed=0, step=0)
+    stepper = make_stepper(policy, algorithm, keep, settings, group)
+    metrics = update(policy, algorithm, training.select(torch.tensor(window)), stepper, settings, group, seed=0, step=0)
     loss = metrics["policy_loss"] + algorithm.config.kl_coef * metrics.get("kl_loss", 0.0)
     loss -= algorithm.config.entropy_coef * metrics.get("entropy", 0.0)
     clipped = metrics["clip_fraction_low"], metrics["clip_fraction_high"]

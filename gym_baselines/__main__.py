@@ -50,11 +50,7 @@ def train_command(argv: Sequence[str]) -> None:
     if distributed.is_main:
         print(summary(config, distributed.world_size))
     try:
-        training.run()
-    except KeyboardInterrupt:
-        if distributed.is_main:
-            print(f"interrupted after {training.agent.environment_steps} steps, {training.saved}")
-        sys.exit(130)
+        training.train()
     finally:
         training.close()
     agent = training.agent

@@ -17,12 +17,14 @@ import numpy as np
 from torch import nn
 
 from gym_baselines.agent import Agent
+from gym_baselines.callbacks import StepFunction
 from gym_baselines.config import TrainConfig, with_settings
 from gym_baselines.networks import ActorCritic
 from gym_baselines.presets import preset
-from gym_baselines.train import Callback, EnvLike, Training
+from gym_baselines.train import EnvLike, Training
 from rlhf.commands.cli import from_plain
 from rlhf.errors import InputError
+from rlhf.runs.callbacks import Callback
 
 
 class Learner:
@@ -71,7 +73,7 @@ class Learner:
         self,
         total_steps: int | float | None = None,
         *,
-        callbacks: Sequence[Callback] | Callback = (),
+        callbacks: Sequence[Callback | StepFunction] | Callback | StepFunction = (),
         progress_bar: bool | None = None,
         total_timesteps: int | float | None = None,
     ) -> Self:
@@ -91,7 +93,7 @@ class Learner:
             self.agent = self._training.agent
         else:
             self._training.prolong(self.config.total_steps)
-        self._training.run([callbacks] if callable(callbacks) else callbacks)
+        self._training.train(callbacks if isinstance(callbacks, Sequence) else [callbacks])
         return self
 
     @property

@@ -1,11 +1,30 @@
-"""What may happen after every update of a run: called as callback(agent, metrics); returning False ends the training."""
+"""What may happen after every update of a run: functions called as function(agent, metrics); returning False ends the
+training. Hooks at other moments: `rlhf.Callback`, which is taken in their place."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gym_baselines.agent import Agent
 from gym_baselines.evaluate import Evaluation, evaluate
 from rlhf.errors import InputError
+from rlhf.runs.callbacks import Callback
+
+StepFunction = Callable[[Agent, dict[str, float]], bool | None]
+"""Called after every update with the agent and the step's metrics; returning False ends the training."""
+
+
+class AfterUpdate(Callback):
+    """A `StepFunction` as a callback."""
+
+    def __init__(self, function: StepFunction) -> None:
+        self.function = function
+
+    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, float]) -> None:
+        answer = self.function(trainer.agent, metrics)
+        if answer is not None and not answer:
+            trainer.should_stop = True
 
 
 class _Every:

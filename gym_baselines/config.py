@@ -61,6 +61,9 @@ class TrainConfig:
         default_factory=lambda: UpdateConfig(num_epochs=10, minibatch_size=64, max_grad_norm=0.5)
     )
     """How a rollout becomes gradient steps; minibatch_size counts transitions."""
+    compile: bool = False
+    """Compile a whole optimizer step as one graph: small networks, one process, and a C++ compiler. Costs some seconds
+    once and saves most of an update's time after that."""
     device: Literal["cpu", "auto"] = "cpu"
     """Small networks are fastest on the CPU; auto takes a GPU if there is one (Atari)."""
     eval_every: int | None = None
@@ -160,6 +163,10 @@ class TrainConfig:
                 "trust_region (TRPO) steps the policy alone, so it cannot share layers with the value function: set "
                 "network.shared_trunk to false."
             )
+
+    def learning_rate_at(self, progress: float) -> float:
+        """A function of the share of the run that is done: there is no scheduler to save."""
+        return self.learning_rate * (1.0 - progress if self.lr_schedule == "linear" else 1.0)
 
     @property
     def batch_size(self) -> int:

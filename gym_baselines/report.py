@@ -1,13 +1,12 @@
-"""What a run tells: the progress bar, metrics.jsonl and times.jsonl, and TensorBoard under the names people know."""
+"""How a run on environments is shown: a bar of environment steps, and TensorBoard under the names people know."""
 
-import time
+from collections.abc import Mapping
+from typing import Any
 
 from tqdm import tqdm
 
 from gym_baselines.config import TrainConfig
-from rlhf.distributed import Distributed
-from rlhf.runs.jsonlines import MetricsWriter
-from rlhf.runs.metrics import unknown_names
+from rlhf.runs.reporting import Display
 
 TENSORBOARD_NAMES = {  # ours -> Stable-Baselines3's
     "episode_return": "rollout/ep_rew_mean",
@@ -23,57 +22,28 @@ TENSORBOARD_NAMES = {  # ours -> Stable-Baselines3's
 }
 
 
-class Report:
-    """Files and bar of one run. Every process makes one; only the main one writes."""
+class EnvironmentBar(Display):
+    """Counts environment steps over all environments."""
 
-    def __init__(
-        self, config: TrainConfig, distributed: Distributed, *, first_update: int, steps: int, until: int
-    ) -> None:
-        """Continues the files where `first_update` begins: later lines, of a run that was interrupted, are cut.
+    def __init__(self, config: TrainConfig, *, steps: int, until: int, hidden: bool) -> None:
+        """steps, until: environment steps made so far, and those to be reached."""
+        self._bar: Any = tqdm(total=until, initial=steps, unit=" steps", desc=config.env, disable=hidden)
+        self._epochs, self._steps, self._made = config.update.num_epochs, steps, 0
 
-        steps, until: environment steps made so far, and those to be reached.
-        """
-        self._distributed = distributed
-        self._writer: MetricsWriter | None = None
-        if config.output_dir is not None and distributed.is_main:
-            self._writer = MetricsWriter(config.output_dir)
-            self._writer.truncate_to(first_update - 1)
-        self._bar = tqdm(
-            total=until,
-            initial=steps,
-            unit=" steps",
-            desc=config.env,
-            disable=not (config.progress_bar and distributed.is_main),
-        )
-        self._epochs, self._steps = config.update.num_epochs, steps
-        self._clock = time.perf_counter()
-        distributed.start_tracking("tensorboard", {})
-
-    def step(self, update: int, metrics: dict[str, float]) -> None:
-        unknown = unknown_names(metrics)
-        assert not unknown, f"add {unknown} to the table in rlhf/runs/metrics.py"
-        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-        made, self._steps = int(metrics["environment_steps"]) - self._steps, int(metrics["environment_steps"])
-        self._bar.update(made)
+    def show(self, metrics: Mapping[str, float], seconds: float) -> None:
+        self._made, self._steps = int(metrics["environment_steps"]) - self._steps, int(metrics["environment_steps"])
+        self._bar.update(self._made)
         if "episode_return" in metrics:
             self._bar.set_postfix_str(f"mean return of recent episodes {metrics['episode_return']:.1f}", refresh=False)
-        if self._writer is not None:
-            self._writer.write(update, metrics, {"step_s": seconds})
-        self._distributed.track(self._tensorboard(update, metrics) | {"time/fps": made / seconds}, self._steps)
 
-    def _tensorboard(self, update: int, metrics: dict[str, float]) -> dict[str, float]:
+    def tracked(self, step: int, metrics: Mapping[str, float], seconds: float) -> tuple[int, dict[str, float]]:
         named = {TENSORBOARD_NAMES[name]: value for name, value in metrics.items() if name in TENSORBOARD_NAMES}
         named |= {f"gym_baselines/{name}": value for name, value in metrics.items() if name not in TENSORBOARD_NAMES}
-        named["train/n_updates"] = float((update + 1) * self._epochs)  # Stable-Baselines3 counts epochs
+        named["train/n_updates"] = float((step + 1) * self._epochs)  # Stable-Baselines3 counts epochs
         named["train/clip_fraction"] = metrics.get("clip_fraction_low", 0.0) + metrics.get("clip_fraction_high", 0.0)
         named["train/entropy_loss"] = -metrics["entropy"]
-        return named
-
-    def sync(self) -> None:
-        if self._writer is not None:
-            self._writer.sync()
+        named["time/fps"] = self._made / seconds
+        return self._steps, named
 
     def close(self) -> None:
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()

@@ -14,7 +14,7 @@ _HOME = {
     "GRPOTrainer": "rlhf.trainers.grpo",
     "GRPOTrainerConfig": "rlhf.trainers.config",
     "Trainer": "rlhf.trainers.trainer",
-    "Callback": "rlhf.trainers.trainer",
+    "Callback": "rlhf.runs.callbacks",
     "PPO": "rlhf.algorithms.ppo",
     "PPOConfig": "rlhf.algorithms.ppo",
     "GRPO": "rlhf.algorithms.grpo",

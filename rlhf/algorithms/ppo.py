@@ -152,8 +152,7 @@ class PPO(Algorithm):
         if config.normalize_advantages == "batch":
             advantages = whiten(advantages, mask, all_sum=all_sum)
         weighting = token_mean(mask, advantages.dtype)
-        shrink = 1.0 - progress if config.anneal_clip else 1.0
-        high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+        low, high = self.clip_bounds(progress)
         return trajectories.batch(
             advantages=advantages,
             returns=returns,
@@ -161,12 +160,19 @@ class PPO(Algorithm):
             old_distribution=trajectories.old_distribution if "distribution" in self.needs else None,
             weightings={"policy": weighting, "value": weighting, "entropy": weighting},
             coefficients={
-                "clip_low": config.clip_range * shrink,
-                "clip_high": high * shrink,
+                "clip_low": low,
+                "clip_high": high,
                 "penalty_coef": state.get("penalty_coef", 0.0),
             },
             metrics=metrics,
         )
+
+    def clip_bounds(self, progress: float) -> tuple[float, float]:
+        """The ratio's clip range at that share of the run: (below 1, above 1)."""
+        config = self.config
+        high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+        shrink = 1.0 - progress if config.anneal_clip else 1.0
+        return config.clip_range * shrink, high * shrink
 
     def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Loss:
         """One microbatch's share of the loss (eq. 9), over the minibatch's global denominators."""

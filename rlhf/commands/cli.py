@@ -25,6 +25,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from rlhf.errors import InputError, TrainingError
+from rlhf.runs.signals import Interrupted
 from rlhf.trainers.foreign_settings import instead
 
 T = TypeVar("T")
@@ -33,7 +34,8 @@ OWN_OPTIONS = ("config", "print_config", "help")
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Prints InputError and TrainingError as messages, without a traceback, and exits; also usable as a decorator."""
+    """Prints InputError and TrainingError as messages, without a traceback, and exits; so does Ctrl-C. Also usable as a
+    decorator."""
     try:
         yield
     except InputError as error:
@@ -42,6 +44,11 @@ def guard() -> Iterator[None]:
     except TrainingError as error:
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
+    except Interrupted as interruption:
+        sys.exit(128 + interruption.number)  # as a shell reports it; the run has said what is saved
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def run_command(config_class: type[T], command: Callable[[T], Any], description: str | None = None) -> Any:

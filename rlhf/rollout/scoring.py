@@ -17,7 +17,7 @@ from rlhf.models.policy import Policy
 from rlhf.rewards.combine import RewardResult, Rewards, completion_texts, deviation, deviations
 from rlhf.rollout.in_process import Completion, Draws, GenerationConfig, end_tokens, generate
 from rlhf.training.sums import MetricSums
-from rlhf.types import Inputs, PolicyOutputs, TrainingBatch, Trajectories
+from rlhf.types import Inputs, PolicyOutputs, Trajectories
 
 MissingEOS = Literal["keep", "replace", "subtract"]
 
@@ -239,13 +239,6 @@ def check_finite(trajectories: Trajectories, step: int) -> None:
                 f"{name} of step {step}, completion {int(trajectories.row_index[row])} are not finite; nothing was learnt "
                 "from this step. Check the model's weights and precision, and the scale of the rewards."
             )
-
-
-def sampler_metrics(batch: TrainingBatch) -> dict[str, float]:
-    """How far the sampler was from the policy that trains, and the policy's entropy as its samples show it."""
-    gap = torch.where(batch.mask, batch.sampling_logprobs - batch.old_logprobs, 0.0)
-    entropy = -masked_sum(batch.old_logprobs, batch.mask) / batch.mask.sum()
-    return {"sampler_gap": gap.abs().max().item(), "entropy": entropy.item()}
 
 
 def _right_pad(rows: Sequence[Sequence[Any]], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -13,8 +13,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,18 @@ from torch import Tensor
 from rlhf.errors import InputError, TrainingError
 
 MANIFEST, STATE_FILE = "MANIFEST.json", "state.json"
-FORMAT = {"format": "rlhf-toolkit checkpoint", "version": 1}
+FORMAT = {"format": "rlhf-toolkit checkpoint", "version": 2}
 STEP_NAME = re.compile(r"step-(\d{6,})")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The state of one part of a run: numbers and text that JSON gives back unchanged, and groups of named tensors."""
+
+    values: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Group -> name -> tensor; a group is a file of the checkpoint, so no two parts of a run share a name."""
 
 
 class DamagedCheckpoint(InputError):
@@ -50,6 +59,28 @@ class Checkpoint:
         if name not in self.files:  # a file that the manifest does not list was not verified
             raise InputError(f"{self.path} has no {name}: it was written by a run with other parts.")
         return load_file(self.path / name, device=str(device))
+
+    def part(self, name: str) -> Saved:
+        """What was saved of that part; its tensors are read when asked for."""
+        if name not in self.state:
+            raise InputError(f"{self.path} holds no {name!r}: it was written by a run with other parts.")
+        return Saved(self.state[name], _Groups(self))
+
+
+class _Groups(Mapping[str, Mapping[str, Tensor]]):
+    """The groups of tensors of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, group: str) -> dict[str, Tensor]:
+        return self._checkpoint.tensors(group)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removesuffix(".safetensors") for name in self._checkpoint.files if name.endswith(".safetensors"))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -82,19 +113,15 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def write_files(
-    path: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], text: str, copies: Mapping[str, Path]
-) -> None:
+def write_files(path: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], text: str) -> None:
     """Fill the new directory `path` with everything but the manifest."""
-    names = [f"{group}.safetensors" for group in tensors] + [STATE_FILE, *copies]
+    names = [f"{group}.safetensors" for group in tensors] + [STATE_FILE]
     bad = [name for name in names if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST or names.count(name) > 1]
     if bad:
         raise TrainingError(f"The checkpoint of step {step} cannot have files named {bad}.")
     path.mkdir()
     for group, named in tensors.items():
         save_file(_own_storages(named), path / f"{group}.safetensors")
-    for name, source in copies.items():
-        shutil.copyfile(source, path / name)
     write_file(path / STATE_FILE, text.encode())
 
 

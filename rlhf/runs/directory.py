@@ -35,10 +35,10 @@ from rlhf.runs.checkpoint import (
     write_file,
     write_files,
 )
-from rlhf.runs.jsonlines import METRICS_FILE, TIMES_FILE
+from rlhf.runs.jsonlines import COMPLETIONS_FILE, METRICS_FILE, TIMES_FILE
 
 RUN_FILE = "RUN.json"
-RUN_NAMES = ("checkpoints", METRICS_FILE, TIMES_FILE, "completions.jsonl", "policy", "policy.tmp")
+RUN_NAMES = ("checkpoints", METRICS_FILE, TIMES_FILE, COMPLETIONS_FILE)
 """What a run writes in its directory: must not be there before it, unless a run of ours wrote them."""
 _RUN_MARK = b'{"format": "rlhf-toolkit run", "version": 1}\n'
 
@@ -64,11 +64,11 @@ class RunDirectory:
         self.is_main, self.barrier, self.keep = is_main, barrier, keep
         self._lock: int | None = None
 
-    def open(self, resume: bool | str = False, overwrite: bool = False, *, strict: bool = False) -> Checkpoint | None:
+    def open(self, resume: bool | str = False, overwrite: bool = False) -> Checkpoint | None:
         """Claim the directory; the checkpoint to continue from, or None to start at step 0. All processes call it.
 
         resume: True for the newest good checkpoint here (None if the run died before its first), or the path of a
-        checkpoint or run. overwrite: delete what a former run of ours left here. strict: see `latest`.
+        checkpoint or run. overwrite: delete what a former run of ours left here.
         Raises InputError, with nothing of the user's changed, if the directory cannot be used that way.
         """
         if isinstance(resume, str) and Path(resume).resolve() == self.path.resolve():
@@ -79,7 +79,7 @@ class RunDirectory:
             self.barrier()
             checkpoint = None
             if resume:
-                checkpoint = self.latest(strict=strict) if resume is True else self.load(resume, strict=strict)
+                checkpoint = self.latest() if resume is True else self.load(resume)
             start = checkpoint.step if checkpoint else -1
             later = [path for step, path in self._steps().items() if step > start]
             if later and isinstance(resume, str) and not overwrite:
@@ -162,10 +162,10 @@ class RunDirectory:
         steps = {int(match[1]): path for match, path in matches if match and path.name == step_name(int(match[1]))}
         return dict(sorted(steps.items()))
 
-    def latest(self, *, strict: bool = False) -> Checkpoint | None:
+    def latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, with a warning for each newer one that does not; None if there are none.
 
-        Raises InputError if all are damaged or, if `strict`, at the first damaged one.
+        Raises InputError if all are damaged.
         """
         problems = []
         for path in reversed(self._steps().values()):
@@ -173,8 +173,6 @@ class RunDirectory:
                 checkpoint = read_checkpoint(path)
             except DamagedCheckpoint as error:
                 problems.append(str(error))
-                if strict:
-                    raise InputError(f"{error}. Without strict, an older checkpoint is used.") from error
                 continue
             if problems and self.is_main:
                 warnings.warn(f"Falling back to {path.name}: {'; '.join(problems)}", stacklevel=2)
@@ -185,12 +183,12 @@ class RunDirectory:
             )
         return None
 
-    def load(self, which: str | Path | int | None = None, *, strict: bool = False) -> Checkpoint:
+    def load(self, which: str | Path | int | None = None) -> Checkpoint:
         """The checkpoint of a step, or at a path (its own directory or a run's); None: the newest good one."""
         path = self.checkpoints / step_name(which) if isinstance(which, int) else Path(which or self.path).resolve()
         if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
             return read_checkpoint(path)
-        checkpoint = RunDirectory(path, is_main=self.is_main).latest(strict=strict)
+        checkpoint = RunDirectory(path, is_main=self.is_main).latest()
         if checkpoint is None:
             raise InputError(f"{path} holds no checkpoint. Give a checkpoint's directory or a run's output_dir.")
         return checkpoint
@@ -202,12 +200,11 @@ class RunDirectory:
         state: Mapping[str, Any],
         *,
         config: Mapping[str, Any] | None = None,
-        copies: Mapping[str, Path] | None = None,
     ) -> Path:
         """Write the checkpoint of `step`; it exists, whole and on the disk, when this returns. All processes call it.
 
         tensors: group -> name -> tensor, one file per group. state: what JSON gives back unchanged. config: kept in the
-        manifest, for `check_resumable`. copies: name in the checkpoint -> file to copy (a tokenizer's, say).
+        manifest, for `check_resumable`.
         Raises TrainingError naming the path (disk full, ...); earlier checkpoints are untouched.
         """
         final = self.checkpoints / step_name(step)
@@ -221,7 +218,7 @@ class RunDirectory:
                 if final.exists():
                     raise FileExistsError("there is one of this step already")
                 shutil.rmtree(temporary, ignore_errors=True)
-                write_files(temporary, step, tensors, text, copies or {})
+                write_files(temporary, step, tensors, text)
                 seal(temporary, step, config or {})
             self.barrier()
             if self.is_main:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.errors import InputError, TrainingError
 
-METRICS_FILE, TIMES_FILE = "metrics.jsonl", "times.jsonl"
+METRICS_FILE, TIMES_FILE, COMPLETIONS_FILE = "metrics.jsonl", "times.jsonl", "completions.jsonl"
 
 
 class JsonLines:

@@ -92,9 +92,6 @@ class TrainerConfig:
                 'give a value for "replace" and "subtract", and none for "keep".'
             )
 
-        if self.update.compile:
-            raise InputError("update.compile is for control tasks (gym_baselines): set it to false.")
-
     def learning_rate_at(self, step: int) -> float:
         """A pure function of the step: there is no scheduler to save."""
         rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0

@@ -90,7 +90,7 @@ INSTEAD: dict[str, str] = {
     "gradient_checkpointing": "not available: lower update.microbatch_tokens for less memory",
     **dict.fromkeys(("use_peft", "peft_config", "lora_r", "load_in_4bit", "quantization_config"), _PEFT),
     **dict.fromkeys(("ds3_gather_for_generation", "deepspeed", "fsdp"), _SHARDING),
-    "torch_compile": "not available: update.compile serves control tasks with small networks",
+    "torch_compile": "not available: only control tasks with small networks are compiled",
     # logs and checkpoints
     "logging_steps": "not available: every step is logged; log_completions_every is for tables of completions",
     "report_to": "tracker",

@@ -4,12 +4,14 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
+from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.algorithms.base import Algorithm
@@ -18,22 +20,21 @@ from rlhf.data.prompts import PromptDataset
 from rlhf.data.rows import load_rows
 from rlhf.data.tokenization import require_pad_token
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError, TrainingError
+from rlhf.errors import InputError
 from rlhf.models.loading import check_precision, check_vocabulary, load_causal_lm, load_tokenizer
 from rlhf.models.policy import Policy, frozen_copy
 from rlhf.rewards.combine import Rewards
 from rlhf.rewards.model import RewardModel
 from rlhf.rollout.in_process import Draws, check_cache, end_tokens
-from rlhf.rollout.scoring import Collector, Rollout, sampler_metrics
-from rlhf.runs.checkpoint import flush_directory
-from rlhf.runs.directory import RunDirectory
-from rlhf.runs.reporting import RunLog, say
-from rlhf.runs.resume import check_resumable
+from rlhf.rollout.scoring import Collector, Rollout
+from rlhf.runs.callbacks import Callback
+from rlhf.runs.checkpoint import Saved, flush_directory
+from rlhf.runs.reporting import StepBar
+from rlhf.runs.run import Run
 from rlhf.trainers.config import TrainerConfig
-from rlhf.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from rlhf.training.update import update
-from rlhf.training.weights import fingerprint, load_named_tensors, named_tensors
-from rlhf.types import TrainingBatch
+from rlhf.training.learner import Learner
+from rlhf.training.sampler import Agreement
+from rlhf.training.weights import fingerprint, named_tensors
 
 MUST_MATCH = {"seed", "prompts_per_step", "dataset", "reference", "algorithm", "generation"}
 """What a resumed run may not change: the prompts, the draws or the objective would be others from there on."""
@@ -43,15 +44,6 @@ MAX_SAMPLER_GAP = {"float32": 0.1, "bfloat16": 1.0}
 
 
 Reward = str | Callable[..., Any]
-
-
-class Callback:
-    """Hooks of a run; override what you need. Set `trainer.should_stop = True` to end after the current step."""
-
-    def on_train_start(self, trainer: "Trainer") -> None: ...
-    def on_step_end(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None: ...
-    def on_evaluate(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None: ...
-    def on_train_end(self, trainer: "Trainer") -> None: ...
 
 
 class Trainer:
@@ -78,7 +70,7 @@ class Trainer:
         reference: str | PreTrainedModel | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.algorithm, self.config, self.callbacks = algorithm, config, list(callbacks)
+        self.algorithm, self.config = algorithm, config
         self.completions_per_step = config.prompts_per_step * algorithm.completions_per_prompt
         self.distributed = Distributed(
             precision=config.precision, tracker=config.tracker, tracker_dir=str(Path(config.output_dir) / "tracker")
@@ -104,10 +96,15 @@ class Trainer:
             source = load_causal_lm(reference, setting="reference") if isinstance(reference, str) else reference or lm
             self.reference = frozen_copy(source, temperature=temperature).to(device)
         self.policy = Policy(lm, temperature=temperature, value_head="values" in algorithm.needs).to(device)
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        # eps as in the control presets and in N+ (arXiv 2403.17031, appendix)
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=config.weight_decay)
-        self.training_policy, self.optimizer = self.distributed.prepare(self.policy, optimizer)
+        self.learner = Learner(
+            self.policy,
+            algorithm,
+            partial(adamw, config),
+            config.update,
+            self.distributed,
+            seed=config.seed,
+            agreement=Agreement(bound=MAX_SAMPLER_GAP[config.precision], remedy=_two_forwards(lm)),
+        )
         self.collector = Collector(
             policy=self.policy,
             reference=self.reference,
@@ -121,15 +118,17 @@ class Trainer:
             allow_unscored=self.allow_unscored,
         )
         self._reference_fingerprint = None if self.reference is None else fingerprint(self.reference)
-        self.state = algorithm.initial_state()
-        self.run = RunDirectory(
+        self.run = Run(
             config.output_dir,
-            is_main=self.distributed.is_main,
-            barrier=self.distributed.barrier,
-            keep=config.keep_checkpoints,
+            self.distributed,
+            description=self._description(),
+            must_match=MUST_MATCH,
+            keep_checkpoints=config.keep_checkpoints,
+            callbacks=callbacks,
+            writes=("policy", "policy.tmp"),
         )
-        self.step = self._saved_step = self.cursor = 0
-        self.should_stop = False
+        self.cursor = 0
+        """Prompts drawn from the data set by the steps that are done."""
 
     # ---- the loop ----
 
@@ -139,35 +138,28 @@ class Trainer:
         resume: True continues from the newest complete checkpoint of output_dir, a path from that checkpoint.
         overwrite: replace the run that output_dir already holds.
         """
+        self._open(resume, overwrite)
         metrics: dict[str, float] = {}
+        bar = StepBar(first_step=self.step, total_steps=self.config.total_steps, hidden=not self.distributed.is_main)
         try:
-            self._open(resume, overwrite)
-        except BaseException:
-            self.run.close()  # a refused run does not keep the directory locked
-            raise
-        try:
-            self._notify("on_train_start")
-            while self.step < self.config.total_steps and not self.should_stop:
-                metrics = self.train_step()
-                done = self.step + 1
-                try:
-                    if self.eval_data is not None and self._due(done, self.config.eval_every):
-                        metrics |= self.evaluate()
-                finally:  # a failing evaluation does not lose the step
-                    self._log_step(metrics)
-                    self.step, self._between_steps = done, True
-                self._notify("on_step_end", done - 1, metrics)
-                if self._due(done, self.config.checkpoint_every):
-                    self.save_checkpoint()
-            if self._saved_step < self.step:  # a callback ended the run
-                self.save_checkpoint()
-            self.save_policy()
-            self._notify("on_train_end")
-        except BaseException:
-            self._save_what_is_trained()
-            raise
+            with self.run.training(self._parts, bar):
+                self.run.notify("on_train_start", self)
+                while self.step < self.config.total_steps and not self.run.stopping():
+                    metrics = self.train_step()
+                    done = self.step + 1
+                    try:
+                        if self.eval_data is not None and self._due(done, self.config.eval_every):
+                            metrics |= self.evaluate()
+                    finally:  # a failing evaluation does not lose the step
+                        self.run.log(metrics, self.samples)
+                    self.run.notify("on_step_end", self, done - 1, metrics)
+                    if self._due(done, self.config.checkpoint_every):
+                        self.run.save(self._parts())
+                self.run.finish(self._parts())
+                self.save_policy()
+                self.run.notify("on_train_end", self)
         finally:
-            self._close()
+            self.run.close()
         return metrics
 
     def train_step(self) -> dict[str, float]:
@@ -175,29 +167,16 @@ class Trainer:
         config = self.config
         rollout, metrics, cursor = self._collect(self.cursor)
         trajectories = self.collector.trajectories(rollout, step=self.step)
-        state = dict(self.state)
-        batch = self.algorithm.prepare(trajectories, self.step / config.total_steps, state, self.distributed.all_sum)
-        batch = self.distributed.gather_batch(batch)
-        metrics |= sampler_metrics(batch)
-        if not self._checked:
-            self._self_check(metrics["sampler_gap"], batch.metrics.get("reward_kl"))
-        rate = config.learning_rate_at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self._between_steps = False  # from here to the step's line in the log, the weights belong to no step
-        metrics |= update(
-            self.training_policy,
-            self.algorithm,
-            batch,
-            self.optimizer,
-            config.update,
-            self.distributed,
-            seed=config.seed,
+        learnt = self.learner.learn(
+            trajectories,
             step=self.step,
-            state=state,
+            progress=self.step / config.total_steps,
+            learning_rate=config.learning_rate_at(self.step),
         )
-        self.state, self.cursor, self.samples = state, cursor, self._sample_rows(rollout, batch)
-        return metrics | {"learning_rate": rate, "prompts_seen": cursor}
+        if not self._checked:
+            self._say_check(learnt)
+        self.cursor, self.samples = cursor, self._sample_rows(rollout)
+        return metrics | learnt | {"prompts_seen": cursor}
 
     def evaluate(self) -> dict[str, float]:
         """One sampled completion per prompt of eval_dataset, scored; the same random draws every time."""
@@ -207,7 +186,7 @@ class Trainer:
         prompts = [self.eval_data[i] for i in mine]
         rollout = self.collector.rollout(prompts, draws, version=self.step, trainer_state=self._trainer_state())
         metrics = self.collector.evaluation(rollout)
-        self._notify("on_evaluate", self.step, metrics)
+        self.run.notify("on_evaluate", self, self.step, metrics)
         return metrics
 
     def _collect(self, cursor: int) -> tuple[Rollout, dict[str, float], int]:
@@ -296,50 +275,46 @@ class Trainer:
 
     def _open(self, resume: bool | str, overwrite: bool) -> None:
         """Claim the output directory and, when resuming, continue exactly where the checkpoint was written."""
-        self._checked, self._between_steps, self.should_stop = False, True, False
+        self._checked = False
         if not resume:
             self._require_untrained()
         checkpoint = self.run.open(resume=resume, overwrite=overwrite)
-        if checkpoint is None:
-            self._require_untrained()
-        if checkpoint is not None:
-            notes = check_resumable(checkpoint.config, self._description(), must_match=MUST_MATCH)
-            load_named_tensors(self.policy, checkpoint.tensors("policy"))
-            load_optimizer_tensors(
-                self._own_optimizer,
-                self.policy.named_parameters(),
-                checkpoint.tensors("optimizer"),
-                checkpoint.state["optimizer"],
-                keep={"weight_decay"},
-            )
-            self.state, self.step = checkpoint.state["algorithm"], checkpoint.step
-            self.cursor = checkpoint.state["prompts_seen"]
-            self._saved_step = self.step
-            self._say(f"resumed from {checkpoint.path}", *[f"changed since: {note}" for note in notes])
-        self._describe()
-        self.distributed.start_tracking("rlhf", self._description())
-        if self.distributed.is_main:
-            self.log = RunLog(self.config.output_dir, first_step=self.step, total_steps=self.config.total_steps)
+        try:
+            if checkpoint is None:
+                self._require_untrained()
+            else:
+                self.learner.load(checkpoint.part("learner"))
+                self.cursor = checkpoint.part("source").values["prompts_seen"]
+            self._describe()
+        except BaseException:
+            self.run.close()  # a refused run does not keep the directory locked
+            raise
 
     def _require_untrained(self) -> None:
-        if self._own_optimizer.state:
+        if self.learner.has_learnt:
             raise InputError(
                 "train: this trainer has changed its policy already, so it cannot start at step 0. Continue with "
                 "resume=True, or make a new trainer with the policy to start from."
             )
 
-    def save_checkpoint(self) -> None:
-        """Everything that the steps so far left behind; random draws leave nothing."""
-        if self.distributed.is_main:
-            self.log.sync()
-        tensors, optimizer_state = optimizer_tensors(self._own_optimizer, self.policy.named_parameters())
-        self.run.save(
-            self.step,
-            {"policy": named_tensors(self.policy), "optimizer": tensors},
-            {"algorithm": self.state, "optimizer": optimizer_state, "prompts_seen": self.cursor},
-            config=self._description(),
-        )
-        self._saved_step = self.step
+    def _parts(self) -> Mapping[str, Saved] | None:
+        if self.learner.updating or self.learner.updates != self.step:
+            return None
+        return {"learner": self.learner.state(), "source": Saved({"prompts_seen": self.cursor})}
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.run.step
+
+    @property
+    def should_stop(self) -> bool:
+        """Set it to end after the current step."""
+        return self.run.should_stop
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        self.run.should_stop = value
 
     def save_policy(self) -> None:
         """OUTPUT_DIR/policy: a model that stock transformers loads, its tokenizer, and the value head beside them."""
@@ -356,28 +331,10 @@ class Trainer:
             temporary.rename(final)
         self.distributed.barrier()
 
-    def _save_what_is_trained(self) -> None:
-        """After an error or Ctrl-C between two updates: the steps so far are not lost. With several processes the others
-        may be elsewhere, and a checkpoint needs all of them."""
-        if self.distributed.world_size == 1 and self._between_steps and self.step > self._saved_step:
-            self.save_checkpoint()
-            self._say(f"stopped; saved step {self.step}, continue with resume")
-
-    def _close(self) -> None:
-        if self.distributed.is_main:
-            self.log.close()
-        self.run.close()
-        self.distributed.close()
-
-    def _log_step(self, metrics: dict[str, float]) -> None:
-        if self.distributed.is_main:
-            self.log.step(self.step, metrics, self.samples)
-        self.distributed.track(metrics, self.step)
-
     def _trainer_state(self) -> dict[str, Any]:
         return {"global_step": self.step, "max_steps": self.config.total_steps}
 
-    def _sample_rows(self, rollout: Rollout, batch: TrainingBatch) -> list[dict[str, Any]]:
+    def _sample_rows(self, rollout: Rollout) -> list[dict[str, Any]]:
         """The first completions of the step, as lines of completions.jsonl."""
         if not self._due(self.step + 1, self.config.log_completions_every):
             return []
@@ -391,7 +348,7 @@ class Trainer:
                 "prompt": rollout.prompts[row].prompt,
                 "completion": texts[row],
                 "score": None if math.isnan(rewards.scores[row]) else rewards.scores[row],
-                "advantage": batch.advantages[rollout.row_index[row], 0].item(),
+                "advantage": self.learner.first_advantages[rollout.row_index[row]].item(),
             }
             for row in rows
         ]
@@ -406,29 +363,16 @@ class Trainer:
             "algorithm": type(self.algorithm).__name__,
         }
 
-    @property
-    def _own_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
     def _due(self, done: int, every: int) -> bool:
         """Every so many steps, and after the last."""
         return done == self.config.total_steps or (every > 0 and done % every == 0)
-
-    def _notify(self, hook: str, *arguments: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, hook)(self, *arguments)
-
-    def _say(self, *lines: str) -> None:
-        if self.distributed.is_main:
-            for line in lines:
-                say(line)
 
     def _describe(self) -> None:
         """What will run, with every derived size; before the first step."""
         d, c, data = self.distributed, self.config, self.data
         completions = self.completions_per_step
         size = c.update.minibatch_size or completions
-        self._say(
+        self.run.say(
             f"{d.world_size} process(es) on {d.device.type}, {c.precision}, "
             f"{sum(p.numel() for p in self.policy.parameters()):,} parameters, output in {c.output_dir}",
             f"data: {len(data)} prompts ({data.dropped} dropped, {data.truncated} cut), "
@@ -440,32 +384,36 @@ class Trainer:
             *self._repeats(),
         )
 
+    def _say_check(self, metrics: Mapping[str, float]) -> None:
+        """Of the first step, before which policy, sampler and reference are one."""
+        self._checked = True
+        gap, kl = metrics["sampler_gap"], metrics.get("reward_kl")
+        of_reference = "no reference" if kl is None else f"KL(policy || reference) = {kl:.3g} nats per completion"
+        self.run.say(
+            f"check: sampling and training log-probs differ by at most {gap:.2g} (ratio within {gap:.2g} of 1); "
+            + of_reference
+        )
+
     def _repeats(self) -> list[str]:
         count, given = self.config.prompts_per_step, len(self.data)
         if count <= given:
             return []
         return [f"note: a step takes {count} prompts and there are {given}: they repeat within it, with other draws"]
 
-    def _self_check(self, gap: float, reference_kl: float | None) -> None:
-        """Before the first update: the policy that sampled is the policy that trains."""
-        self._checked = True
-        kl = (
-            "no reference"
-            if reference_kl is None
-            else f"KL(policy || reference) = {reference_kl:.3g} nats per completion"
-        )
-        self._say(
-            f"check: sampling and training log-probs differ by at most {gap:.2g} (ratio within {gap:.2g} of 1); {kl}"
-        )
-        limit = MAX_SAMPLER_GAP[self.config.precision]
-        if gap > limit:
-            raise TrainingError(
-                f"Sampling and training log-probs of the same token differ by {gap:.3g} nats (limit {limit}): "
-                f"the forward of {type(self.policy.lm).__name__} with a cache and without are not the same policy. "
-                "Nothing was trained. Use another attention implementation or precision, or report the model."
-            )
-
 
 def as_list(rewards: Reward | Sequence[Reward]) -> list[Reward]:
     """One reward or several, as a list."""
     return [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+
+
+def adamw(config: TrainerConfig, policy: Module) -> torch.optim.Optimizer:
+    """AdamW over what is trained; eps as in the control presets and in N+ (arXiv 2403.17031, appendix)."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=config.weight_decay)
+
+
+def _two_forwards(lm: PreTrainedModel) -> str:
+    return (
+        f"The forward of {type(lm).__name__} with a cache and without are not the same policy: use another attention "
+        "implementation or precision, or report the model."
+    )

@@ -6,7 +6,6 @@ whole batch, and denominators are those of the minibatch.
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from math import isfinite
 from typing import Literal, NamedTuple, Protocol
 
@@ -17,9 +16,7 @@ from torch.optim import Optimizer
 
 from rlhf.algorithms.base import Algorithm
 from rlhf.core.masking import whiten
-from rlhf.core.trust_region import flatten
 from rlhf.distributed import Distributed
-from rlhf.training.flat_optimizer import FlatOptimizer, obstacle
 from rlhf.training.sums import MetricSums
 from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
 
@@ -36,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 class Stepper(Protocol):
-    """What makes the optimizer steps of a run; `rlhf.training.update.make_stepper` builds one."""
+    """What makes the optimizer steps of a run, from the model, the algorithm and the optimizer; made once."""
 
     def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
         """One step per minibatch, until one would exceed the target KL or has a gradient that is not finite.
@@ -60,28 +57,17 @@ class EagerStepper:
         max_grad_norm: float,
         target_kl: float | None,
         microbatch_tokens: int,
-        flat_up_to: int = 1_000_000,
     ) -> None:
-        """flat_up_to: models of at most so many parameters are stepped as one vector, if one process can do that."""
         self.policy, self.algorithm, self.optimizer, self.distributed = policy, algorithm, optimizer, distributed
         self.max_grad_norm, self.target_kl, self.microbatch_tokens = max_grad_norm, target_kl, microbatch_tokens
         self.parameters = list(policy.parameters())  # finding them anew for each step takes as long as clipping
         self._alone = distributed.world_size == 1 and distributed.strategy == "NO"  # gradients lie in the parameters
-        small = sum(p.numel() for p in self.parameters) <= flat_up_to
-        self._may_be_flat = self._alone and small and obstacle(optimizer) is None
-        self._flat: FlatOptimizer | None = None  # made with the first batch, which shows what gets a gradient
 
     def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
-        if self._flat is None and self._may_be_flat:
-            trained = trained_parameters(self.policy, self.algorithm, batch)
-            self._flat = FlatOptimizer(list(trained.values()), self.optimizer)
-        flat = self._flat if self._flat is not None and self._flat.load() else None
         try:
-            return self._run(batch, minibatches, sums, self._step if flat is None else partial(self._step_flat, flat))
+            return self._run(batch, minibatches, sums, self._step)
         finally:
             self._clear_gradients()  # their memory
-            if flat is not None:
-                flat.store()
 
     def _run(
         self,
@@ -131,15 +117,6 @@ class EagerStepper:
             norm = self.distributed.clip_gradients(self.policy, self.max_grad_norm)
         if isfinite(norm):
             self.optimizer.step()
-        return norm
-
-    def _step_flat(self, flat: FlatOptimizer) -> Tensor:
-        """The same on vectors."""
-        gradient = flatten([p.grad for p in flat.parameters])  # type: ignore[misc]
-        norm = torch.linalg.vector_norm(gradient)
-        factor = self.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
-        if isfinite(norm):
-            flat.step(gradient * factor if factor < 1 else gradient)
         return norm
 
     def _clear_gradients(self) -> None:

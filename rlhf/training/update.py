@@ -38,9 +38,6 @@ class UpdateConfig:
     """The gradient is scaled down to this global norm."""
     target_kl: float | None = None
     """Stop the step's remaining updates once KL(old || policy) of a minibatch exceeds 1.5 times this; off if null."""
-    compile: bool = False
-    """Compile a whole optimizer step as one graph: control tasks with small networks, one process, and a C++ compiler.
-    Costs some seconds once and saves most of an update's time after that."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -56,24 +53,22 @@ def update(
     policy: Module,
     algorithm: Algorithm,
     batch: TrainingBatch,
-    optimizer: Optimizer,
+    stepper: Stepper,
     config: UpdateConfig,
     distributed: Distributed,
     *,
     seed: int,
     step: int,
     state: State | None = None,
-    stepper: Stepper | None = None,
 ) -> dict[str, float]:
     """Train `policy` on the global `batch` (equal on all processes); the step's mean metrics, global.
 
     policy: module called as policy(inputs, actions, with_values=, with_entropy=) -> PolicyOutputs, with
-    old_distribution= too if the algorithm needs "distribution". state: what the algorithm adapts, changed in place.
-    stepper: from make_stepper, so that what it keeps (a compiled graph) serves all updates; otherwise made anew.
+    old_distribution= too if the algorithm needs "distribution". stepper: from make_stepper, for this policy. state: what
+    the algorithm adapts, changed in place.
     Raises TrainingError if a gradient is not finite; it is not applied.
     """
     state = {} if state is None else state
-    stepper = stepper or make_stepper(policy, algorithm, optimizer, config, distributed)
     metrics = dict(batch.metrics) | algorithm.full_batch_step(distributed.unwrap(policy), batch, distributed)
     sums, steps = MetricSums(), 0
     epochs = _epochs(batch, config, seed, step)
@@ -93,17 +88,14 @@ def update(
 
 
 def make_stepper(
-    policy: Module, algorithm: Algorithm, optimizer: Optimizer, config: UpdateConfig, distributed: Distributed
+    policy: Module,
+    algorithm: Algorithm,
+    optimizer: Optimizer,
+    config: UpdateConfig,
+    distributed: Distributed,
+    kind: Callable[..., Stepper] = EagerStepper,
 ) -> Stepper:
-    """What makes the optimizer steps of a run, as `config.compile` says. Make it once per run.
-
-    InputError if these cannot be compiled (see rlhf/training/compiled.py).
-    """
-    kind: Callable[..., Stepper] = EagerStepper
-    if config.compile:
-        from rlhf.training.compiled import CompiledStepper  # here, since few runs load the compiler
-
-        kind = CompiledStepper
+    """What makes the optimizer steps of a run. Make it once: what it keeps (a compiled graph) serves all updates."""
     return kind(
         policy,
         algorithm,

@@ -1,5 +1,7 @@
 """A module's weights by name, for checkpoints and to tell models apart."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters()} | buffers
 
 
-def load_named_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_named_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's tensors into the module; names and shapes must agree."""
     own = named_tensors(module)
     if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):

@@ -10,8 +10,9 @@ from torch.distributions import Independent, Normal
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.distributions import Categorical, Gaussian
 from rlhf.core.masking import local_sum
-from rlhf.training.update import UpdateConfig, update
+from rlhf.training.update import UpdateConfig
 from rlhf.types import PolicyOutputs, TrainingBatch, Trajectories
+from tests.updates import update
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 ROWS = 40

@@ -14,9 +14,10 @@ from rlhf.core.masking import local_sum
 from rlhf.core.trust_region import conjugate_gradient, fisher_vector_product, flatten, line_search, step_size
 from rlhf.errors import InputError, TrainingError
 from rlhf.runs.metrics import unknown_names
-from rlhf.training.update import UpdateConfig, update
+from rlhf.training.update import UpdateConfig
 from rlhf.types import PolicyOutputs, TrainingBatch, Trajectories, Weighting
 from tests.controls import names, refute, run_ranks
+from tests.updates import update
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 CLOSE = {"rtol": 0, "atol": 1e-10}

@@ -16,10 +16,11 @@ from rlhf.core.distributions import Categorical
 from rlhf.core.logprobs import entropy
 from rlhf.core.losses import clipped_surrogate, score_surrogate, unclipped_surrogate
 from rlhf.core.masking import local_sum, weighted_sum
-from rlhf.training.update import UpdateConfig, update
+from rlhf.training.update import UpdateConfig
 from rlhf.types import PolicyOutputs, Trajectories, Weighting
 from tests import broken
 from tests.controls import names, refute
+from tests.updates import update
 
 GAMMA = 0.9
 EXACT = {"rtol": 0, "atol": 1e-10}

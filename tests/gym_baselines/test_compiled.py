@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, RMSprop
 
-import rlhf.training.compiled
-import rlhf.training.flat_optimizer
+from gym_baselines.stepping import compiled as compiled_module
+from gym_baselines.stepping import flat_optimizer
+from gym_baselines.stepping.compiled import CompiledStepper, pad_rows, round_up
+from gym_baselines.stepping.flat import FlatStepper
+from gym_baselines.stepping.flat_optimizer import RULES, FlatOptimizer
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.algorithms.trpo import TRPO, TrustRegionConfig
 from rlhf.core.distributions import Categorical, Gaussian, MultiCategorical, SquashedGaussian
 from rlhf.core.masking import local_sum
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError, TrainingError
-from rlhf.training.compiled import CompiledStepper, pad_rows, round_up
-from rlhf.training.flat_optimizer import RULES, FlatOptimizer
-from rlhf.training.steppers import EagerStepper
 from rlhf.training.update import UpdateConfig, make_stepper, update
 from rlhf.types import PolicyOutputs, Trajectories
 from tests.controls import names, refute
@@ -35,7 +35,7 @@ FAMILIES: dict[str, Any] = {
     "gaussian": Gaussian(2),
     "squashed": SquashedGaussian(2, (1.0, 2.0), (0.0, 0.5)),
 }
-PLAIN = partial(EagerStepper, flat_up_to=0)
+PLAIN = partial(FlatStepper, flat_up_to=0)
 """torch.optim's own step and clipping: what the others are compared with."""
 BASE = PPOConfig(
     kl_coef=0.0, gamma=0.9, value_coef=1.0, value_clip_range=None, normalize_advantages="minibatch", anneal_clip=True
@@ -171,13 +171,12 @@ class Run:
                 self.policy,
                 self.algorithm,
                 batch,
-                self.optimizer,
+                self.stepper,
                 self.config,
                 self.distributed,
                 seed=0,
                 step=step,
                 state=self.state,
-                stepper=self.stepper,
             )
         )
         return self
@@ -236,7 +235,7 @@ def test_the_traced_step_is_the_eager_step(distributed, case):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_eager_step_on_vectors_is_that_of_torch(distributed, case, dtype):
-    check_case(CASES[case], distributed, EagerStepper, dtype)
+    check_case(CASES[case], distributed, FlatStepper, dtype)
 
 
 def test_the_cases_clip_pad_and_stop_as_their_names_say(distributed):
@@ -266,14 +265,14 @@ def test_the_compiled_step_is_the_eager_step(distributed, case, dtype):
 
 
 def epsilon_inside_the_root(weights, gradient, moments, count, rate, settings):
-    _, moments = rlhf.training.flat_optimizer.adam(weights, gradient, moments, count, rate, {**settings, "eps": 0.0})
+    _, moments = flat_optimizer.adam(weights, gradient, moments, count, rate, {**settings, "eps": 0.0})
     step = rate / (1 - settings["betas"][0] ** count)
     root = (moments[1] / (1 - settings["betas"][1] ** count) + settings["eps"] ** 2).sqrt()
     return weights - step * moments[0] / root, moments
 
 
 def no_bias_correction(weights, gradient, moments, count, rate, settings):
-    return rlhf.training.flat_optimizer.adam(weights, gradient, moments, count * 0 + 10**6, rate, settings)
+    return flat_optimizer.adam(weights, gradient, moments, count * 0 + 10**6, rate, settings)
 
 
 @pytest.mark.parametrize("formula", [epsilon_inside_the_root, no_bias_correction], ids=lambda f: f.__name__)
@@ -288,7 +287,7 @@ def heavy_padding(monkeypatch) -> None:
     def pad(batch, rows):
         return batch.select(torch.arange(rows).clamp(max=batch.rows - 1))
 
-    monkeypatch.setattr(rlhf.training.compiled, "pad_rows", pad)
+    monkeypatch.setattr(compiled_module, "pad_rows", pad)
 
 
 def stale_learning_rate(monkeypatch) -> None:
@@ -302,12 +301,12 @@ def stale_learning_rate(monkeypatch) -> None:
 
 
 def no_whitening(monkeypatch) -> None:
-    prepare = partial(rlhf.training.compiled.prepare_minibatch)
+    prepare = partial(compiled_module.prepare_minibatch)
 
     def prepare_only(batch, whiten_advantages):
         return prepare(batch, whiten_advantages=False)
 
-    monkeypatch.setattr(rlhf.training.compiled, "prepare_minibatch", prepare_only)
+    monkeypatch.setattr(compiled_module, "prepare_minibatch", prepare_only)
 
 
 def forgotten_state(monkeypatch) -> None:
@@ -376,7 +375,7 @@ def test_two_runs_in_one_process_do_not_share_a_graph(distributed):
 @pytest.mark.parametrize("case", ["clipped, whitened, annealed", "A2C: score function, RMSprop, one step"])
 def test_eager_and_compiled_updates_go_on_from_one_another(distributed, case):
     mixed, eager = (Run(PLAIN, distributed, CASES[case]) for _ in range(2))
-    for step, stepper in enumerate([Traced, PLAIN, EagerStepper, Traced]):
+    for step, stepper in enumerate([Traced, PLAIN, FlatStepper, Traced]):
         mixed.use(stepper)
         assert_equal(mixed.update(step), eager.update(step), **TIGHT)
 
@@ -392,7 +391,7 @@ def test_a_loaded_optimizer_state_is_continued(distributed):
     assert_equal(run.update(1), eager.update(1), **TIGHT)
 
 
-@pytest.mark.parametrize("stepper", [Traced, EagerStepper])
+@pytest.mark.parametrize("stepper", [Traced, FlatStepper])
 def test_a_new_stepper_goes_on_to_the_last_bit(distributed, stepper):
     """What a stepper keeps between updates decides nothing, so an interrupted run equals an uninterrupted one."""
     resumed, whole = (Run(stepper, distributed, CASES["uneven minibatches"], torch.float32) for _ in range(2))
@@ -431,12 +430,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_where_eager_mode_stops(dist
                 run.policy,
                 run.algorithm,
                 batch,
-                run.optimizer,
+                run.stepper,
                 run.config,
                 distributed,
                 seed=0,
                 step=5,
-                stepper=run.stepper,
             )
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
@@ -450,7 +448,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_where_eager_mode_stops(dist
 def make(distributed, *, optimizer=Adam, policy=None, options=None, **changes):
     policy = policy or Policy(FAMILIES["categorical"], torch.float64)
     made = optimizer(policy.parameters(), lr=0.1, **(options or {}))
-    return make_stepper(policy, PPO(BASE), made, UpdateConfig(compile=True, **changes), distributed)
+    return make_stepper(policy, PPO(BASE), made, UpdateConfig(**changes), distributed, CompiledStepper)
 
 
 def test_several_processes_are_refused():
@@ -498,8 +496,9 @@ def run_with(distributed, batch_changes=lambda batch: batch, policy=None, **chan
     run.policy = policy or run.policy
     batch = batch_changes(run.algorithm.prepare(play(run.policy, 0), 0.0, run.state, local_sum))
     optimizer = Adam(run.policy.parameters())
-    config = UpdateConfig(compile=True, **changes)
-    update(run.policy, run.algorithm, batch, optimizer, config, distributed, seed=0, step=0)
+    config = UpdateConfig(**changes)
+    stepper = make_stepper(run.policy, run.algorithm, optimizer, config, distributed, CompiledStepper)
+    update(run.policy, run.algorithm, batch, stepper, config, distributed, seed=0, step=0)
 
 
 def test_rows_of_several_steps_are_refused(distributed):
@@ -524,7 +523,7 @@ def test_a_policy_that_branches_on_numbers_is_refused(distributed):
 
 def test_unequal_step_counts_are_refused_where_one_count_must_serve(distributed):
     """Compiled, that is; eager mode then steps each parameter by itself."""
-    runs = [Run(kind, distributed, {}).update(0) for kind in (Traced, EagerStepper, PLAIN)]
+    runs = [Run(kind, distributed, {}).update(0) for kind in (Traced, FlatStepper, PLAIN)]
     for run in runs:
         run.optimizer.state[run.policy.value_net[0].bias]["step"] += 1
     with pytest.raises(InputError, match=r"stepped equally often.*set compile to false"):

@@ -11,8 +11,9 @@ from gym_baselines.networks import ActorCritic
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.masking import local_sum
 from rlhf.core.random import MINIBATCH, permutation
-from rlhf.training.update import UpdateConfig, update
+from rlhf.training.update import UpdateConfig
 from rlhf.types import Weighting
+from tests.updates import update
 
 
 @pytest.fixture

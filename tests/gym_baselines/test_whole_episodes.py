@@ -1,6 +1,5 @@
 """REINFORCE's rollouts are whole episodes: every step is learnt from once, whatever the resets and the batch."""
 
-import sys
 from functools import partial
 
 import gymnasium as gym
@@ -15,6 +14,7 @@ from gym_baselines.collect import Collector
 from rlhf.algorithms.ppo import PPO as Algorithm
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.core.masking import local_sum
+from rlhf.training import learner as learner_module
 from tests.controls import refute
 from tests.gym_baselines.environments import Oracle
 
@@ -159,14 +159,13 @@ def test_with_a_baseline_whole_episodes_bootstrap_from_the_value_of_what_followe
 
 @pytest.mark.parametrize("autoreset", ["next_step", "same_step", "disabled"])
 def test_reinforce_without_a_baseline_trains_on_exactly_that(ledgers, monkeypatch, double, autoreset):
-    module = sys.modules["gym_baselines.train"]  # the package's attribute of that name is the function
-    batches, real = [], module.update
+    batches, real = [], learner_module.update
 
     def recorded(policy, algorithm, batch, *args, **kw):
         batches.append(batch)
         return real(policy, algorithm, batch, *args, **kw)
 
-    monkeypatch.setattr(module, "update", recorded)
+    monkeypatch.setattr(learner_module, "update", recorded)
     learner = Reinforce(
         Ledger,
         baseline="none",

@@ -11,7 +11,7 @@ from rlhf.errors import TrainingError
 from rlhf.models.policy import Policy, frozen_copy
 from rlhf.rewards.combine import RewardResult
 from rlhf.rollout.in_process import Completion
-from rlhf.rollout.scoring import Rollout, check_finite, final_scores, policy_inputs, sampler_metrics, score
+from rlhf.rollout.scoring import Rollout, check_finite, final_scores, policy_inputs, score
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -159,14 +159,3 @@ def test_a_number_that_is_not_finite_stops_the_run_and_names_step_field_and_comp
     getattr(trajectories, field)[1, 0] = value
     with pytest.raises(TrainingError, match=f"{field} of step 12, completion 2 .*not finite; nothing was learnt"):
         check_finite(trajectories, 12)
-
-
-def test_the_samplers_gap_and_the_entropy_leave_padding_out():
-    """Gap: the largest |sampling - training| over tokens that count. Entropy: the mean of -log-prob over the same."""
-    batch = SimpleNamespace(
-        mask=torch.tensor([[True, True], [True, False]]),
-        sampling_logprobs=torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]),
-        old_logprobs=torch.tensor([[-1.0, -2.25], [-2.9, -50.0]]),
-    )
-    metrics = sampler_metrics(batch)
-    assert metrics["sampler_gap"] == pytest.approx(0.25) and metrics["entropy"] == pytest.approx((1 + 2.25 + 2.9) / 3)

@@ -55,15 +55,6 @@ def test_bfloat16_tied_transposed_empty_and_scalar_tensors_survive(run):
         run.latest().tensors("value")
 
 
-def test_copied_files_are_part_of_the_checkpoint(run, tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    path = run.save(1, {}, {}, copies={"tokenizer.json": tmp_path / "tokenizer.json"})
-    assert (path / "tokenizer.json").read_text() == "{}"
-    (path / "tokenizer.json").write_text("[]")
-    with pytest.raises(DamagedCheckpoint, match=r"tokenizer\.json"):
-        run.load(1)
-
-
 def test_equal_content_gives_equal_bytes(tmp_path):
     contents = []
     for name in "ab":
@@ -163,8 +154,6 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_is_used(run, file, dam
     path.unlink() if data is None else path.write_bytes(data)
     with pytest.warns(UserWarning, match=rf"step-000001.*step-000002/{file}"):
         assert_is_exactly(run.latest(), 1)
-    with pytest.raises(InputError, match=rf"step-000002/{file}"):
-        run.latest(strict=True)
     with pytest.raises(DamagedCheckpoint, match=file):
         run.load(2)  # asked for by name, it is never replaced by another
 
@@ -249,7 +238,7 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(run):
 
 def test_another_format_version_is_an_error_and_no_damage(run, monkeypatch):
     save(run, 1)
-    monkeypatch.setitem(FORMAT, "version", 2)
+    monkeypatch.setitem(FORMAT, "version", FORMAT["version"] + 1)
     save(run, 2)
     monkeypatch.undo()
     with pytest.raises(InputError, match="version"):
@@ -354,7 +343,7 @@ def test_what_we_did_not_write_is_never_touched(tmp_path, name, overwrite):
     mine = tmp_path / name
     mine.mkdir() if "." not in name else mine.write_text("mine")
     with pytest.raises(InputError, match=f"{name}.*another output_dir"):
-        RunDirectory(tmp_path).open(overwrite=overwrite)
+        RunDirectory(tmp_path, others=["policy"]).open(overwrite=overwrite)
     assert list(tmp_path.iterdir()) == [mine]
 
 

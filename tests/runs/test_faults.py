@@ -83,7 +83,7 @@ class Faults:
 def in_place_writer(run: RunDirectory, step: int) -> None:
     """Negative control: the same files, written straight into the directory that readers look at."""
     path = run.checkpoints / f"step-{step:06d}"
-    write_files(path, step, tensors(step), json.dumps(state(step)), {})
+    write_files(path, step, tensors(step), json.dumps(state(step)))
     format_module.seal(path, step, CONFIG)
     run._prune()
 

@@ -103,7 +103,6 @@ CASES = {
     "setting out of range": ({"ppo.clip_range": "-0.2"}, ["clip_range", "-0.2", "above 0"]),
     "batch sizes that do not fit": ({"update.minibatch_size": 3}, ["minibatch_size=3", "4 completions"]),
     "missing_eos without its value": ({"missing_eos": "replace"}, ["missing_eos_value", "replace"]),
-    "compiling a language model": ({"update.compile": "true"}, ["update.compile", "control tasks"]),
     "reward that raises": ({"reward": "{}/rewards.py:raises"}, ["raises", "row 0", "division by zero"]),
     "reward of the wrong length": ({"reward": "{}/rewards.py:short"}, ["short", "1", "4"]),
     "reward that is one number": ({"reward": "{}/rewards.py:scalar"}, ["scalar", "list"]),

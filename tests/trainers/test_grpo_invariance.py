@@ -26,9 +26,9 @@ from rlhf.rollout.in_process import Completion
 from rlhf.rollout.scoring import Rollout, score
 from rlhf.runs.jsonlines import read_metrics
 from rlhf.training.steppers import split_minibatch
-from rlhf.training.update import update
 from rlhf.types import TrainingBatch, Trajectories
 from tests import broken, tiny
+from tests.updates import update
 
 ROWS, GROUP, TOTAL = 16, 4, 12
 """Completions, how many of each prompt, and the tokens of a row: prompts are the longer, the shorter their completion."""

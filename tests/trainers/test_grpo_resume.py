@@ -48,7 +48,7 @@ def test_a_rollout_broken_off_between_two_of_its_updates_is_made_again(optimizer
         if len(done) == 2 * 4 + optimizer_step:
             raise Stopped
 
-    getattr(trainer.optimizer, f"register_step_{when}_hook")(count)
+    getattr(trainer.learner.optimizer, f"register_step_{when}_hook")(count)
     run_until_stopped(trainer)
     assert len(done) == 2 * 4 + optimizer_step and len(read_metrics(tmp_path)) == 2
     make_whole(tmp_path).train(resume=True)

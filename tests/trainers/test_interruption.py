@@ -17,7 +17,7 @@ import torch
 
 import rlhf
 from rlhf import Callback, InputError
-from rlhf.trainers import trainer as trainer_module
+from rlhf.training import learner as learner_module
 from tests import tiny
 from tests.tiny import AtStep
 
@@ -150,7 +150,7 @@ def test_an_update_that_is_broken_off_is_made_again_from_its_beginning(optimizer
         if len(done) == optimizer_step + 4:  # four optimizer steps per step; the second step or later
             raise Stopped
 
-    trainer.optimizer.register_step_post_hook(count)
+    trainer.learner.optimizer.register_step_post_hook(count)
     run_until_stopped(trainer)
     make_trainer(tmp_path).train(resume=True)
     assert differing(results(tmp_path), whole) == []
@@ -167,9 +167,9 @@ class Forget(Callback):
 
     def on_train_start(self, trainer):
         if self.what == "kl_coef":
-            trainer.state = trainer.algorithm.initial_state()
+            trainer.learner.algorithm_state = trainer.algorithm.initial_state()
         elif self.what == "optimizer":
-            trainer._own_optimizer.state.clear()
+            trainer.learner.own_optimizer.state.clear()
         elif self.what == "value head":
             trainer.policy.value_head.linear.weight.data.zero_()
         elif self.what == "step":
@@ -185,7 +185,7 @@ def test_the_comparison_notices_whatever_a_resume_could_lose(what, whole, tmp_pa
 
 def test_the_comparison_notices_weights_that_were_not_restored(whole, tmp_path, monkeypatch):
     make_trainer(tmp_path, callbacks=[AtStep(1, stop)]).train()
-    monkeypatch.setattr(trainer_module, "load_named_tensors", lambda module, tensors: None)
+    monkeypatch.setattr(learner_module, "load_named_tensors", lambda module, tensors: None)
     make_trainer(tmp_path).train(resume=True)
     assert "metrics.jsonl" in differing(results(tmp_path), whole)
 

@@ -102,7 +102,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_touches_the_weigh
     trainer = tiny.trainer(tmp_path, total_steps=2, callbacks=[])
     after = 0 if place == "the first minibatch" else 2
     history, backwards = [weights(trainer)], []
-    trainer.optimizer.register_step_post_hook(lambda *args: history.append(weights(trainer)))
+    trainer.learner.optimizer.register_step_post_hook(lambda *args: history.append(weights(trainer)))
     parameter = next(trainer.policy.parameters())
 
     def poison(gradient):

@@ -139,7 +139,7 @@ def test_a_model_whose_two_forwards_disagree_is_stopped_before_anything_is_learn
     lm.forward = lambda *args, position_ids=None, **options: forward(*args, **options)
     trainer = tiny.trainer(tmp_path, lm=lm)
     before = weights(trainer)
-    with pytest.raises(TrainingError, match=r"differ by .* nats .*GPT2.*Nothing was trained"):
+    with pytest.raises(TrainingError, match=r"differ by .* nats .*Nothing was trained.*GPT2"):
         trainer.train()
     assert furthest(before, weights(trainer)) == 0.0
 
@@ -225,7 +225,7 @@ def test_the_adaptive_coefficient_follows_zieglers_rule_from_step_to_step(tmp_pa
 def test_the_learning_rate_rises_and_falls_as_the_schedule_says(tmp_path):
     trainer = tiny.trainer(tmp_path, total_steps=4, warmup_steps=2, learning_rate=0.04)
     used = []
-    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    trainer.learner.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     trainer.train()
     expected = [0.04 * 0.5, 0.04 * 0.75, 0.04 * 0.5, 0.04 * 0.25]
     assert [line["learning_rate"] for line in read_metrics(tmp_path)] == pytest.approx(expected)
@@ -451,7 +451,7 @@ def test_equal_seeds_give_equal_files_and_another_seed_gives_others(tmp_path):
 def test_the_gradient_is_clipped_to_its_limit_before_each_optimizer_step(max_grad_norm, tmp_path):
     trainer = tiny.trainer(tmp_path, total_steps=1, update={"max_grad_norm": max_grad_norm})
     norms = []
-    trainer.optimizer.register_step_pre_hook(
+    trainer.learner.optimizer.register_step_pre_hook(
         lambda optimizer, args, options: norms.append(
             math.sqrt(sum(p.grad.square().sum().item() for p in trainer.policy.parameters() if p.grad is not None))
         )
@@ -599,7 +599,7 @@ before = {n: p.detach().clone() for n, p in trainer.policy.named_parameters()}
 metrics = trainer.train()
 assert used == {torch.bfloat16}, "sampling, scoring and training compute alike"
 assert {p.dtype for p in trainer.policy.parameters()} == {torch.float32}
-assert all(v.dtype == torch.float32 for s in trainer._own_optimizer.state.values() for v in s.values())
+assert all(v.dtype == torch.float32 for s in trainer.learner.own_optimizer.state.values() for v in s.values())
 assert any((p - before[n]).abs().max() > 0 for n, p in trainer.policy.named_parameters())
 """
 

@@ -10,11 +10,12 @@ from torch import nn
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.distributed import Distributed
 from rlhf.errors import TrainingError
-from rlhf.training.update import UpdateConfig, split_minibatch, update
+from rlhf.training.update import UpdateConfig, split_minibatch
 from rlhf.types import PolicyOutputs, Trajectories
 from tests import broken
 from tests.algorithms.completions import EXACT, prepare, trajectories, with_broken
 from tests.controls import refute
+from tests.updates import update
 
 # --- what an update must not depend on ---
 

@@ -22,10 +22,10 @@ from torch.nn import Module
 from torch.nn.functional import pad
 from torch.optim import Optimizer
 
+from gym_baselines.stepping.flat_optimizer import FlatOptimizer, obstacle
 from rlhf.algorithms.base import Algorithm
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
-from rlhf.training.flat_optimizer import FlatOptimizer, obstacle
 from rlhf.training.steppers import Minibatch, Outcome, StopReason, forward, prepare_minibatch, trained_parameters
 from rlhf.training.sums import MetricSums
 from rlhf.types import PolicyOutputs, TrainingBatch, Weighting

@@ -1,0 +1,1 @@
+"""Optimizer steps that pay off for small networks: on vectors, and compiled."""

@@ -1,0 +1,47 @@
+"""Optimizer steps on vectors: for small networks, whose many small operations cost more than their arithmetic."""
+
+from collections.abc import Iterable
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gym_baselines.stepping.flat_optimizer import FlatOptimizer, obstacle
+from rlhf.core.trust_region import flatten
+from rlhf.training.steppers import EagerStepper, Minibatch, Outcome, trained_parameters
+from rlhf.training.sums import MetricSums
+from rlhf.types import TrainingBatch
+
+
+class FlatStepper(EagerStepper):
+    """As EagerStepper, the optimizer's arithmetic on vectors where one process can do that."""
+
+    def __init__(self, *parts: Any, flat_up_to: int = 1_000_000, **settings: Any) -> None:
+        """flat_up_to: models of at most so many parameters are stepped as one vector."""
+        super().__init__(*parts, **settings)
+        small = sum(p.numel() for p in self.parameters) <= flat_up_to
+        self._may_be_flat = self._alone and small and obstacle(self.optimizer) is None
+        self._flat: FlatOptimizer | None = None  # made with the first batch, which shows what gets a gradient
+
+    def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
+        if self._flat is None and self._may_be_flat:
+            trained = trained_parameters(self.policy, self.algorithm, batch)
+            self._flat = FlatOptimizer(list(trained.values()), self.optimizer)
+        if self._flat is None or not self._flat.load():
+            return super().run(batch, minibatches, sums)
+        try:
+            return self._run(batch, minibatches, sums, partial(self._step_flat, self._flat))
+        finally:
+            self._clear_gradients()
+            self._flat.store()
+
+    def _step_flat(self, flat: FlatOptimizer) -> Tensor:
+        """Clip the gradient and apply it, if it is finite; its norm before."""
+        gradient = flatten([p.grad for p in flat.parameters])  # type: ignore[misc]
+        norm = torch.linalg.vector_norm(gradient)
+        factor = self.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+        if isfinite(norm):
+            flat.step(gradient * factor if factor < 1 else gradient)
+        return norm

@@ -1,0 +1,36 @@
+"""Where trajectories come from: the port between whoever collects and the learner."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rlhf.runs.checkpoint import Saved
+from rlhf.types import Trajectories
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What one process collected in a step."""
+
+    trajectories: Trajectories
+    metrics: Mapping[str, float]
+    """Global numbers that show before anything is learnt."""
+    samples: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    """The first rows, for people to read: lines of completions.jsonl. "row" is the row's place in the global batch."""
+
+
+class Source(Protocol):
+    """Collects one step's trajectories after the other: prompts and an engine, environments, or a wrapper of another
+    source. Every process has one and collects its share."""
+
+    def collect(self, step: int) -> Collected:
+        """The trajectories of step `step`, sampled by the policy as it is now unless they say otherwise."""
+        ...
+
+    def state(self) -> Saved:
+        """What is needed to collect from here on, such as the data cursor."""
+        ...
+
+    def load(self, saved: Saved) -> None:
+        """Go on from there."""
+        ...

@@ -1,0 +1,325 @@
+"""One house: language models and control tasks learn through the same `Learner` and live in the same `Run`.
+
+What is promised of these two objects is checked in both worlds, by short runs of the real trainers; a mutant in either
+object breaks a control run and a token run alike.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gym_baselines import preset
+from gym_baselines.agent import WEIGHTS_FILE
+from gym_baselines.config import with_settings
+from gym_baselines.train import Training
+from rlhf import Callback
+from rlhf.runs.jsonlines import read_metrics
+from rlhf.runs.run import Run
+from rlhf.runs.signals import Interrupted
+from rlhf.training.learner import Learner
+from tests import tiny
+from tests.controls import refute
+
+STEPS = 4
+
+
+class World:
+    """A short run of 4 steps in one of the two worlds, which can be stopped and resumed."""
+
+    weights_file: str
+
+    def start(self, folder: Path, *, resume: bool = False, callbacks: Any = ()) -> Any:
+        """Train to the end; the trainer."""
+        raise NotImplementedError
+
+    def left(self, folder: Path) -> dict[str, bytes]:
+        """What a finished run leaves."""
+        return {name: (folder / name).read_bytes() for name in ("metrics.jsonl", self.weights_file)}
+
+
+class Tokens(World):
+    weights_file = "policy/model.safetensors"
+
+    def start(self, folder: Path, *, resume: bool = False, callbacks: Any = ()) -> Any:
+        settings = {"total_steps": STEPS, "ppo": {"kl_target": 0.5, "kl_horizon": 40}, "callbacks": callbacks}
+        trainer = tiny.trainer(folder, lm=tiny.causal_lm(num_hidden_layers=1), **settings)
+        trainer.train(resume=resume)
+        return trainer
+
+
+class Control(World):
+    weights_file = WEIGHTS_FILE
+
+    def start(self, folder: Path, *, resume: bool = False, callbacks: Any = ()) -> Any:
+        config = preset(
+            "CartPole-v1",
+            "ppo_penalty",
+            num_envs=4,
+            rollout_steps=16,
+            total_steps=STEPS * 64 - 40,  # ghost steps do not count
+            num_epochs=2,
+            minibatch_size=None,
+            lr_schedule="linear",
+            checkpoint_every=None,
+            progress_bar=False,
+            output_dir=str(folder),
+        )
+        training = Training(with_settings(config, resume=resume))
+        try:
+            training.train(callbacks)
+        finally:
+            training.close()
+        return training
+
+
+WORLDS = [pytest.param(Tokens(), id="tokens"), pytest.param(Control(), id="control")]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_both_worlds_learn_by_the_same_learner_and_leave_the_same_run(world, tmp_path):
+    trainer = world.start(tmp_path)
+    assert type(trainer.learner) is Learner and type(trainer.run) is Run
+    assert trainer.learner.updates == trainer.run.step == STEPS
+    assert len(read_metrics(tmp_path)) == STEPS
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {f"step-{STEPS:06d}"}
+
+
+# --- what is promised of the two objects ---
+
+
+class Breaks(Exception):
+    pass
+
+
+class At(Callback):
+    """Does something when a step has ended."""
+
+    def __init__(self, step: int, action: Callable[[Any], None]) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, trainer, step, metrics):
+        if step == self.step:
+            self.action(trainer)
+
+
+def breaks(trainer: Any) -> None:
+    raise Breaks
+
+
+def resumes(world: World, folder: Path) -> None:
+    """A run that an error ends after two steps, and that is resumed, leaves what an uninterrupted one leaves."""
+    world.start(folder / "whole")
+    with pytest.raises(Breaks):
+        world.start(folder / "parts", callbacks=[At(1, breaks)])
+    assert (folder / "parts" / "checkpoints" / "step-000002").is_dir()
+    world.start(folder / "parts", resume=True)
+    assert world.left(folder / "parts") == world.left(folder / "whole")
+
+
+def follows_the_schedule(world: World, folder: Path) -> None:
+    """Every optimizer step is made at the learning rate that is logged, which falls."""
+    used: list[float] = []
+    watch = At(-1, breaks)
+    watch.on_train_start = lambda trainer: trainer.learner.own_optimizer.register_step_pre_hook(  # type: ignore[method-assign]
+        lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
+    )
+    if isinstance(world, Control):  # its optimizer steps on vectors: it reads the rate where the hook reads it
+        watch.on_step_end = lambda trainer, *_: used.append(trainer.learner.own_optimizer.param_groups[0]["lr"])  # type: ignore[method-assign]
+    world.start(folder, callbacks=[watch])
+    logged = [line["learning_rate"] for line in read_metrics(folder)]
+    assert sorted(set(used), reverse=True) == logged == sorted(set(logged), reverse=True)
+
+
+def adapts(world: World, folder: Path) -> None:
+    """The coefficient that the algorithm adapts moves from step to step."""
+    world.start(folder)
+    coefficients = [line.get("kl_coef", line.get("penalty_coef")) for line in read_metrics(folder)]
+    assert len(set(coefficients)) > 1
+
+
+def learns(world: World, folder: Path) -> None:
+    """The weights move, and the run's last update is in what it leaves."""
+    made: list[torch.Tensor] = []
+
+    def note(trainer: Any) -> None:
+        made.append(torch.cat([p.detach().flatten() for p in trainer.policy.parameters()]))
+
+    trainer = world.start(folder, callbacks=[At(0, note), At(1, note)])
+    note(trainer)
+    assert not made[0].equal(made[1]) and not made[1].equal(made[2])
+
+
+PROMISES = [resumes, follows_the_schedule, adapts, learns]
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("world", WORLDS)
+def test_it_is_kept(world, promise, tmp_path):
+    promise(world, tmp_path)
+
+
+def forgets_to_commit(patch: pytest.MonkeyPatch) -> None:
+    """What the algorithm adapted is thrown away."""
+    learn = Learner.learn
+
+    def forgetful(self, *args, **kwargs):
+        before = dict(self.algorithm_state)
+        metrics = learn(self, *args, **kwargs)
+        self.algorithm_state = before
+        return metrics
+
+    patch.setattr(Learner, "learn", forgetful)
+
+
+def ignores_the_learning_rate(patch: pytest.MonkeyPatch) -> None:
+    learn = Learner.learn
+    patch.setattr(
+        Learner, "learn", lambda self, t, **kw: {**learn(self, t, **{**kw, "learning_rate": 1e-2}), **rate(kw)}
+    )
+
+
+def rate(arguments: dict[str, Any]) -> dict[str, float]:
+    return {"learning_rate": arguments["learning_rate"]}
+
+
+def learns_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("rlhf.training.learner.update", lambda *args, **kwargs: {"optimizer_steps": 0.0})
+
+
+def loads_no_optimizer(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("rlhf.training.learner.load_optimizer_tensors", lambda *args, **kwargs: None)
+
+
+def loads_no_state(patch: pytest.MonkeyPatch) -> None:
+    load = Learner.load
+
+    def forgetful(self, saved):
+        load(self, saved)
+        self.algorithm_state = self.algorithm.initial_state()
+
+    patch.setattr(Learner, "load", forgetful)
+
+
+def saves_nothing_after_an_error(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Run, "_rescue", lambda self, parts: None)
+
+
+def begins_anew(patch: pytest.MonkeyPatch) -> None:
+    """The run opens its directory at the right checkpoint, and counts from 0."""
+    opened = Run.open
+
+    def forgetful(self, **options):
+        checkpoint = opened(self, **options)
+        self.step = self.saved_step = 0
+        return checkpoint
+
+    patch.setattr(Run, "open", forgetful)
+
+
+def logs_a_step_late(patch: pytest.MonkeyPatch) -> None:
+    logged = Run.log
+
+    def late(self, metrics, samples=()):
+        self.step += 1
+        logged(self, metrics, samples)
+        self.step -= 1
+
+    patch.setattr(Run, "log", late)
+
+
+MUTANTS = [
+    (forgets_to_commit, adapts),
+    (ignores_the_learning_rate, follows_the_schedule),
+    (learns_nothing, learns),
+    (loads_no_optimizer, resumes),
+    (loads_no_state, resumes),
+    (saves_nothing_after_an_error, resumes),
+    (begins_anew, resumes),
+    (logs_a_step_late, resumes),
+]
+
+
+@pytest.mark.parametrize(("mutant", "promise"), MUTANTS, ids=[mutant.__name__ for mutant, _ in MUTANTS])
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_mutant_of_either_object_breaks_a_run_of_each_world(world, mutant, promise, tmp_path, monkeypatch):
+    mutant(monkeypatch)
+    refute(lambda _: promise(world, tmp_path), None)
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_saved_and_free(world, number, tmp_path, monkeypatch):
+    world.start(tmp_path / "whole")
+    learn, steps = Learner.learn, []
+
+    def pressed(self, *args, **kwargs):
+        steps.append(kwargs["step"])
+        if len(steps) == 2:
+            os.kill(os.getpid(), number)
+        return learn(self, *args, **kwargs)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as raised:
+        patch.setattr(Learner, "learn", pressed)
+        world.start(tmp_path / "parts")
+    assert raised.value.number == number and steps == [0, 1] and signal.getsignal(number) is before
+    assert not (tmp_path / "parts" / world.weights_file).exists()  # nothing pretends to be the result
+    world.start(tmp_path / "parts", resume=True)
+    assert world.left(tmp_path / "parts") == world.left(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_second_signal_ends_the_run_at_once_and_one_that_a_launcher_repeats_does_not(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.runs.signals.SAME_SIGNAL_S", 0.2)
+    learn, reached = Learner.learn, []
+
+    def pressed(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # the same, by way of a launcher
+        reached.append("after the first")
+        time.sleep(0.3)
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the second")
+        return learn(self, *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "learn", pressed)
+    with pytest.raises(Interrupted):
+        world.start(tmp_path)
+    assert reached == ["after the first"]
+
+
+COMMANDS = {
+    "tokens": "from tests import tiny; from rlhf.commands.cli import guard\n"
+    "with guard(): tiny.trainer({out!r}, total_steps=100000).train()",
+    "control": "from gym_baselines.__main__ import main\n"
+    "main(['train', '--env', 'CartPole-v1', '--total_steps', '100000000', '--output_dir', {out!r}])",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_a_signal_ends_says_what_is_saved_and_exits_as_shells_expect(name, number, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-u", "-c", COMMANDS[name].format(out=str(out))]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=root, env=environment, **pipes) as process:
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+            assert process.poll() is None, process.communicate()
+        process.send_signal(number)
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors[-2000:]
+    assert "the run ends after this step" in errors and "Traceback" not in errors
+    assert "continue with resume" in printed and list((out / "checkpoints").glob("step-*"))
