@@ -19,12 +19,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from rlhf.algorithms.grpo import GRPO, GRPOConfig  # noqa: E402
-from rlhf.data.prompts import Prompt  # noqa: E402
 from rlhf.distributed import Distributed  # noqa: E402
 from rlhf.models.policy import Policy  # noqa: E402
-from rlhf.rewards.combine import RewardResult  # noqa: E402
-from rlhf.rollout.in_process import Completion  # noqa: E402
-from rlhf.rollout.scoring import Rollout, score  # noqa: E402
+from rlhf.rollout.engine import Completion, Span  # noqa: E402
+from rlhf.rollout.episode import Episode, single_turn  # noqa: E402
+from rlhf.rollout.scoring import Scorer  # noqa: E402
 from rlhf.training.update import UpdateConfig, make_stepper, update  # noqa: E402
 from rlhf.types import TrainingBatch  # noqa: E402
 
@@ -73,14 +72,11 @@ class Batch:
         scores = [1.0, 0.3, -0.2, 0.9, 0.0, 1.0, 1.0, 0.0, 2.5, 2.4, -1.0, 0.7]
         return cls([prompt for prompt in prompts for _ in range(GROUP)], completions, scores)
 
-    def rollout(self) -> Rollout:
-        return Rollout(
-            prompts=[Prompt(ids=ids, prompt="", columns={}) for ids in self.prompts],
-            row_index=list(range(len(self.prompts))),
-            completions=[Completion(ids, [0.0] * len(ids), ids[-1] == EOS) for ids in self.completions],
-            rewards=RewardResult(scores=self.scores, per_function={}, totals={}),
-            version=0,
-        )
+    def episodes(self) -> list[Episode]:
+        def completion(ids: list[int]) -> Completion:
+            return Completion(ids, [0.0] * len(ids), "stop" if ids[-1] == EOS else "length", [Span(0, 0, len(ids))])
+
+        return [single_turn(p, completion(ids)) for p, ids in zip(self.prompts, self.completions, strict=True)]
 
 
 @dataclass
@@ -238,9 +234,8 @@ def ours(
     algorithm, group = GRPO(GRPOConfig(**{**OURS, **OUR_CLIP, **case.ours})), Distributed(cpu=True)
     sampler = Policy(deepcopy(weights.sampler), temperature=temperature)
     reference = Policy(weights.reference, temperature=temperature) if "reference" in algorithm.needs else None
-    trajectories = score(
-        batch.rollout(), batch.scores, sampler, reference, microbatch_tokens=40, device=torch.device("cpu")
-    )
+    scorer = Scorer(policy=sampler, reference=reference, microbatch_tokens=40, distributed=group)
+    trajectories = scorer(batch.episodes(), batch.scores, range(len(batch.scores)), step=0)
     training: TrainingBatch = algorithm.prepare(trajectories, 0.0, algorithm.initial_state(), group.all_sum)
     own = training.advantages[:, 0].clone()
     if advantages is not None:

@@ -15,8 +15,10 @@ from rlhf.core.random import EVALUATION
 from rlhf.data.prompts import PromptDataset
 from rlhf.data.rows import load_rows
 from rlhf.distributed import Distributed
-from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.rollout.in_process import Draws, end_tokens, generate
+from rlhf.models.loading import end_tokens, load_causal_lm, load_tokenizer
+from rlhf.models.policy import Policy
+from rlhf.rollout.engine import Key, Request
+from rlhf.rollout.in_process import InProcessEngine
 from rlhf.runs.curves import plot_curves
 from rlhf.trainers.config import GRPOTrainerConfig
 from rlhf.trainers.grpo import GRPOTrainer
@@ -86,20 +88,19 @@ def _evaluate(root: Path, config: GRPOTrainerConfig, distributed: Distributed) -
 
 
 def _answers(root: Path, folder: Path, config: GRPOTrainerConfig, distributed: Distributed) -> Answers:
-    tokenizer, lm = load_tokenizer(str(folder)), load_causal_lm(str(folder)).to(distributed.device).eval()
+    tokenizer, lm = load_tokenizer(str(folder)), load_causal_lm(str(folder)).to(distributed.device)
+    engine = InProcessEngine(Policy(lm), distributed, completions_at_once=config.generation.completions_at_once)
     rows = load_rows(root / "data" / "prompts_test.jsonl")
     data = PromptDataset.build(rows, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
 
     def say(number: int, greedy: bool) -> tuple[list[str], list[int]]:
-        completions = generate(
-            lm,
-            [data[i].ids for i in range(len(data))],
-            config.generation,
-            draws=Draws(seed=config.seed, stream=EVALUATION, step=1, slots=range(len(data))),
-            eos_ids=end_tokens(lm, tokenizer.eos_token_id),
-            num_completions=number,
-            greedy=greedy,
-        )
+        requests = [
+            Request(data[i].ids, Key(config.seed, EVALUATION, 1, slot=i, copy=copy))
+            for i in range(len(data))
+            for copy in range(number)
+        ]
+        sampling = config.generation.sampling(end_tokens(lm, tokenizer.eos_token_id), greedy=greedy)
+        completions = [future.result() for future in engine.submit(requests, sampling)]
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
         return texts, [len(completion.ids) for completion in completions]
 

@@ -14,16 +14,17 @@ from reward_model import RewardModelConfig, train_reward_model
 from small_task import be_quick_and_quiet, train_sft
 from stages import Stages
 
-from rlhf.core.random import EVALUATION
 from rlhf.data.prompts import PromptDataset
 from rlhf.data.rows import load_rows
 from rlhf.distributed import Distributed
-from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.loading import end_tokens, load_causal_lm, load_tokenizer
 from rlhf.models.policy import Policy
 from rlhf.rewards.combine import Rewards
 from rlhf.rewards.model import RewardModel
-from rlhf.rollout.in_process import Draws
-from rlhf.rollout.scoring import Collector, Rollout
+from rlhf.rollout.in_process import InProcessEngine
+from rlhf.rollout.prompts import Sampler, evaluate
+from rlhf.rollout.sampled import Sampled
+from rlhf.rollout.scoring import Scorer
 from rlhf.runs.curves import plot_curves
 from rlhf.trainers.config import PPOTrainerConfig
 from rlhf.trainers.ppo import PPOTrainer
@@ -80,11 +81,11 @@ def _train_ppo(root: Path, config: PPOTrainerConfig, resume: bool | str) -> None
 
 def _evaluate(root: Path, config: PPOTrainerConfig, distributed: Distributed) -> dict[str, dict[str, float]]:
     """Both policies on the held-out prompts, with the same random draws; prints table and samples, draws the curves."""
-    rollouts, results = {}, {}
+    sampled, results = {}, {}
     for name, folder in {"SFT": root / "sft", "PPO": root / "ppo" / "policy"}.items():
-        rollouts[name], results[name] = _sample(root, folder, config, distributed)
-    texts = {name: _texts(root, rollout) for name, rollout in rollouts.items()}
-    prompts = [str(prompt.prompt) for prompt in rollouts["SFT"].prompts]
+        sampled[name], results[name] = _sample(root, folder, config, distributed)
+    texts = {name: _texts(root, episodes) for name, episodes in sampled.items()}
+    prompts = [str(prompt.prompt) for prompt in sampled["SFT"].prompts]
     for name in results:
         results[name] |= {
             "win_rate": embedded.win_rate(prompts, texts[name], texts["SFT"]),
@@ -106,30 +107,29 @@ def _evaluate(root: Path, config: PPOTrainerConfig, distributed: Distributed) ->
 
 def _sample(
     root: Path, folder: Path, config: PPOTrainerConfig, distributed: Distributed
-) -> tuple[Rollout, dict[str, float]]:
+) -> tuple[Sampled, dict[str, float]]:
     tokenizer = load_tokenizer(str(folder))
-    temperature = config.generation.temperature
-    collector = Collector(
-        policy=Policy(load_causal_lm(str(folder)), temperature=temperature).to(distributed.device),
-        reference=Policy(load_causal_lm(str(root / "sft")), temperature=temperature).to(distributed.device),
+    policy, reference = (
+        Policy(load_causal_lm(str(path)), temperature=config.generation.temperature).to(distributed.device)
+        for path in (folder, root / "sft")
+    )
+    sampler = Sampler(
+        engine=InProcessEngine(policy, distributed, completions_at_once=config.generation.completions_at_once),
         rewards=Rewards([RewardModel.load(root / "reward_model", distributed.device), gold], weights=[1.0, 0.0]),
         tokenizer=tokenizer,
-        generation=config.generation,
-        missing_eos="keep",
-        missing_eos_value=None,
-        microbatch_tokens=config.update.microbatch_tokens,
-        distributed=distributed,
+        sampling=config.generation.sampling(end_tokens(policy.lm, tokenizer.eos_token_id)),
+        seed=config.seed,
     )
+    tokens_at_once = config.update.microbatch_tokens
+    scorer = Scorer(policy=policy, reference=reference, microbatch_tokens=tokens_at_once, distributed=distributed)
     rows = load_rows(root / "data" / "prompts_test.jsonl")
     data = PromptDataset.build(rows, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
-    draws = Draws(seed=config.seed, stream=EVALUATION, step=1, slots=range(len(data)))
-    rollout = collector.rollout([data[i] for i in range(len(data))], draws, version=0, trainer_state={})
-    return rollout, {name.removeprefix("eval/"): value for name, value in collector.evaluation(rollout).items()}
+    return evaluate(data, range(len(data)), sampler, scorer, distributed, step=0, drawn_as=1)
 
 
-def _texts(root: Path, rollout: Rollout) -> list[str]:
+def _texts(root: Path, sampled: Sampled) -> list[str]:
     tokenizer = load_tokenizer(str(root / "sft"))
-    return tokenizer.batch_decode([completion.ids for completion in rollout.completions], skip_special_tokens=True)
+    return tokenizer.batch_decode([episode.ids for episode in sampled.episodes], skip_special_tokens=True)
 
 
 def _table(results: dict[str, dict[str, float]], num_prompts: int) -> str:

@@ -20,7 +20,7 @@ _HOME = {
     "GRPO": "rlhf.algorithms.grpo",
     "GRPOConfig": "rlhf.algorithms.grpo",
     "UpdateConfig": "rlhf.training.update",
-    "GenerationConfig": "rlhf.rollout.in_process",
+    "GenerationConfig": "rlhf.rollout.engine",
     "RewardModel": "rlhf.rewards.model",
     "isolated": "rlhf.rewards.calls",
     "InputError": "rlhf.errors",

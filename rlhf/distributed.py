@@ -49,6 +49,7 @@ class Distributed:
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
         self.strategy = self.accelerator.distributed_type.value
+        self.precision = precision
         self._plain = self.world_size == 1 and precision == "float32"
         if self.world_size > 1:
             atexit.register(_leave_group)

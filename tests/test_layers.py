@@ -160,6 +160,23 @@ def test_a_circle_is_found():
     assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
+def test_everything_that_samples_goes_through_the_engine():
+    """Of the engine in this process only the class is used, and nobody else samples with a language model."""
+    for name, path in OURS.items():
+        tree = ast.parse(path.read_text())
+        taken = {
+            a.name
+            for n in ast.walk(tree)
+            if isinstance(n, ast.ImportFrom) and n.module == "rlhf.rollout.in_process"
+            for a in n.names
+        }
+        assert taken <= {"InProcessEngine"}, f"{path}: sample through the engine's submit, not through {taken}"
+        if name not in ("rlhf.rollout.in_process", "benchmarks.trl_sides"):
+            called = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} & {"generate", "invert_cdf"}
+            names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & {"DynamicCache"}
+            assert not called | names, f"{path}: sample through a RolloutEngine, not through {called | names}"
+
+
 def test_there_is_something_to_read():
     assert {"rlhf.core.advantages", "rlhf.algorithms.ppo", "rlhf.training.update", "gym_baselines"} <= OURS.keys()
     imported = {name for name, _ in imports_of("rlhf.algorithms.ppo", OURS["rlhf.algorithms.ppo"])}

@@ -23,7 +23,7 @@ from rlhf.core.logprobs import token_logprobs
 from rlhf.core.losses import clipped_surrogate, clipped_value_loss, unclipped_surrogate
 from rlhf.core.masking import whiten
 from rlhf.errors import TrainingError
-from rlhf.rollout.in_process import GenerationConfig
+from rlhf.rollout.engine import GenerationConfig
 from rlhf.training.update import UpdateConfig
 from tests import broken, control_tasks, token_tree, tree
 from tests.control_tasks import Bonus, Constant, Nothing, StayOrLeave, Switches

@@ -108,6 +108,8 @@ def trainer(
     eval_dataset: Any = None,
     reference: Any = None,
     callbacks: Sequence[Any] = (),
+    engine: Any = None,
+    source: Any = None,
     **settings: Any,
 ) -> PPOTrainer:
     """A PPOTrainer on a random Llama and five prompts, three steps of four prompts: everything can be overridden."""
@@ -127,6 +129,8 @@ def trainer(
         eval_dataset=eval_dataset,
         reference=reference,
         callbacks=callbacks,
+        engine=engine,
+        source=source,
     )
 
 

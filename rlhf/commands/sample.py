@@ -11,9 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.commands.cli import guard
 from rlhf.core.random import SAMPLING
 from rlhf.data.prompts import PromptDataset
+from rlhf.distributed import Distributed
 from rlhf.errors import InputError
-from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.rollout.in_process import Completion, Draws, GenerationConfig, end_tokens, generate
+from rlhf.models.loading import end_tokens, load_causal_lm, load_tokenizer
+from rlhf.models.policy import Policy
+from rlhf.rollout.engine import Completion, GenerationConfig, Key, Request
+from rlhf.rollout.in_process import InProcessEngine
 
 
 def complete(
@@ -32,15 +35,11 @@ def complete(
     if limit < 1:
         raise InputError(f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt. Lower it.")
     data = PromptDataset.build(_rows(prompt), tokenizer, max_prompt_tokens=limit, setting="prompt")
-    return generate(
-        lm,
-        [data[0].ids],
-        config,
-        draws=Draws(seed=seed, stream=SAMPLING, step=turn, slots=[0]),
-        eos_ids=end_tokens(lm, tokenizer.eos_token_id),
-        num_completions=num_completions,
-        greedy=greedy,
-    )
+    distributed = Distributed()
+    engine = InProcessEngine(Policy(lm).to(distributed.device), distributed)
+    requests = [Request(data[0].ids, Key(seed, SAMPLING, turn, 0, copy)) for copy in range(num_completions)]
+    sampling = config.sampling(end_tokens(lm, tokenizer.eos_token_id), greedy=greedy)
+    return [future.result() for future in engine.submit(requests, sampling)]
 
 
 def _rows(prompt: str | list[dict[str, str]]) -> Dataset:
@@ -100,7 +99,7 @@ def main() -> None:
         )
         for completion in completions:
             text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-            print(f"- {text}{'' if completion.ended else ' [cut by max_new_tokens]'}")
+            print(f"- {text}{'' if completion.ended == 'stop' else ' [cut by max_new_tokens]'}")
 
 
 if __name__ == "__main__":

@@ -52,3 +52,15 @@ def check_precision(lm: PreTrainedModel) -> None:
             f"policy: its weights are {', '.join(narrow)}, in which small updates vanish. Load it in float32, or call "
             'policy.float(); precision="bfloat16" still computes in bfloat16.'
         )
+
+
+def end_tokens(lm: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
+    """The token ids that end a completion: the tokenizer's and those of the model's generation settings."""
+    configured = getattr(lm.generation_config, "eos_token_id", None) if lm.generation_config is not None else None
+    candidates = [*(configured if isinstance(configured, list) else [configured]), tokenizer_eos]
+    ids = {i for i in candidates if i is not None}
+    if not ids:
+        raise InputError(
+            "tokenizer: it has no end-of-sequence token, so completions could never end. Set tokenizer.eos_token."
+        )
+    return sorted(ids)

@@ -1,6 +1,7 @@
 """Language models as policies: a causal LM and a value head in one module, and loading with errors a user understands."""
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,10 @@ class Policy(nn.Module):
             )
         values = self.value_head(states) if with_values and self.value_head is not None else None
         return PolicyOutputs(logprobs=logprobs, values=values, entropy=entropies)
+
+    def decode(self, **inputs: Any) -> Any:
+        """The causal LM's own forward, by which an engine samples: everything that computes enters through this module."""
+        return self.lm(**inputs)
 
     def train(self, mode: bool = True) -> "Policy":
         """Stays in eval mode; see the class."""

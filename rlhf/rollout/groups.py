@@ -1,114 +1,90 @@
-"""Which groups of completions a step trains on, and what is told of them.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a source that samples on until groups tell something.
 
-Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose verdicts are all equal teach nothing, so further
-prompts are sampled until there are enough of the others, or the rounds are used up. Every process chooses the same.
+Groups whose verdicts are all equal teach nothing, so further prompts are sampled until there are enough of the others, or
+the rounds are used up. Every process chooses the same.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from rlhf.core.advantages import equal_groups
 from rlhf.distributed import Distributed
-from rlhf.rewards.combine import RewardResult
-from rlhf.rollout.scoring import Rollout
+from rlhf.rollout.prompts import PromptSource
+from rlhf.rollout.sampled import Sampled, joined
+from rlhf.runs.checkpoint import Saved
+from rlhf.training.source import Collected
+
+
+class DynamicSampling:
+    """A `Source` around one of prompts: up to `rounds` rounds of sampling in a step."""
+
+    def __init__(self, source: PromptSource, *, rounds: int) -> None:
+        """source: must have a verdict, by which groups are compared."""
+        assert source.verdict is not None, "dynamic sampling compares verdicts"
+        self.source, self.rounds, self.verdict = source, rounds, source.verdict
+
+    def collect(self, step: int) -> Collected:
+        source = self.source
+        chosen, sampled, used = sample_informative(
+            lambda first, count: source.sample(step, first, count),
+            count=source.prompts_per_step,
+            rounds=self.rounds,
+            size=source.completions_per_prompt,
+            verdict=self.verdict,
+            distributed=source.distributed,
+        )
+        collected = source.collected(step, chosen, sampled, used)
+        extra = {"dynamic_sampling/rounds": float(len(sampled)), "dynamic_sampling/prompts": float(used)}
+        return replace(collected, metrics=dict(collected.metrics) | extra)
+
+    def state(self) -> Saved:
+        return self.source.state()
+
+    def load(self, saved: Saved) -> None:
+        self.source.load(saved)
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """The completions of one prompt."""
 
     slot: int
     """The prompt's place among those sampled for this step."""
     informative: bool
     """Its verdicts differ."""
-    rollout: Rollout
+    sampled: Sampled
 
 
-def split_groups(rollout: Rollout, size: int, verdict: str) -> list[Group]:
+def split_groups(sampled: Sampled, size: int, verdict: str) -> list[PromptGroup]:
     """The groups of `size` adjacent completions; `verdict` names the reward whose scores are compared."""
-    informative = ~equal_groups(*verdict_scores(rollout, verdict, size))
+    informative = ~equal_groups(*verdict_scores(sampled, verdict, size))
     return [
-        Group(
-            rollout.row_index[i * size] // size, bool(informative[i]), select(rollout, range(i * size, (i + 1) * size))
+        PromptGroup(
+            sampled.row_index[i * size] // size, bool(informative[i]), sampled.select(range(i * size, (i + 1) * size))
         )
-        for i in range(len(rollout.completions) // size)
+        for i in range(len(sampled.episodes) // size)
     ]
 
 
-def verdict_scores(rollout: Rollout, verdict: str, size: int) -> tuple[torch.Tensor, int, torch.Tensor]:
+def verdict_scores(sampled: Sampled, verdict: str, size: int) -> tuple[torch.Tensor, int, torch.Tensor]:
     """Scores of one reward (0 where it abstained), the group's size, and where there is a score: for `equal_groups`."""
-    scores = rollout.rewards.per_function[verdict]
+    scores = sampled.rewards.per_function[verdict]
     said = torch.tensor([score is not None for score in scores], dtype=torch.bool)  # none at all is no float either
     return torch.tensor([score or 0.0 for score in scores], dtype=torch.float64), size, said
 
 
-def nothing(names: Sequence[str], version: int) -> Rollout:
-    """The rollout of a process without a prompt: rounds may be smaller than the number of processes."""
-    rewards = RewardResult(scores=[], per_function={name: [] for name in names}, totals={})
-    return Rollout(prompts=[], row_index=[], completions=[], rewards=rewards, version=version)
-
-
-def select(rollout: Rollout, rows: Sequence[int]) -> Rollout:
-    """The given rows, in that order."""
-
-    def of(values: Sequence[Any]) -> list[Any]:
-        return [values[row] for row in rows]
-
-    rewards = RewardResult(
-        scores=of(rollout.rewards.scores),
-        per_function={name: of(scores) for name, scores in rollout.rewards.per_function.items()},
-        totals=rollout.rewards.totals,
-        extra={name: of(values) for name, values in rollout.rewards.extra.items()},
-    )
-    return replace(
-        rollout,
-        rewards=rewards,
-        prompts=of(rollout.prompts),
-        row_index=of(rollout.row_index),
-        completions=of(rollout.completions),
-    )
-
-
-def join(groups: Sequence[Group], first: int) -> Rollout:
-    """The groups as one rollout; its rows are numbered as those of the groups `first`, `first` + 1, ... of the batch."""
-    rollouts = [group.rollout for group in groups]
-    parts, size = [rollout.rewards for rollout in rollouts], len(rollouts[0].completions)
-
-    def of(lists: Sequence[Sequence[Any]]) -> list[Any]:
-        return [value for values in lists for value in values]
-
-    rewards = RewardResult(
-        scores=of([part.scores for part in parts]),
-        per_function={name: of([part.per_function[name] for part in parts]) for name in parts[0].per_function},
-        totals=parts[0].totals,
-        extra={
-            name: of([part.extra[name] for part in parts])
-            for name in parts[0].extra
-            if all(name in part.extra for part in parts)
-        },
-    )
-    return Rollout(
-        prompts=of([rollout.prompts for rollout in rollouts]),
-        row_index=list(range(first * size, (first + len(groups)) * size)),
-        completions=of([rollout.completions for rollout in rollouts]),
-        rewards=rewards,
-        version=rollouts[0].version,
-    )
-
-
 def sample_informative(
-    sample: Callable[[int, int], Rollout],
+    sample: Callable[[int, int], Sampled],
     *,
     count: int,
     rounds: int,
     size: int,
     verdict: str,
     distributed: Distributed,
-) -> tuple[Rollout, list[Rollout], int]:
+) -> tuple[Sampled, list[Sampled], int]:
     """This process's share of `count` groups, informative ones first; all it sampled; and the prompts used by all.
 
     sample(first, number): this process's share of `number` prompts, those after the first `first` of the step; it may be
@@ -116,8 +92,8 @@ def sample_informative(
     necessary, whatever the number of processes. After the last round groups of equal verdicts fill what is missing, so
     that every step has the same size.
     """
-    groups: list[Group] = []
-    sampled: list[Rollout] = []
+    groups: list[PromptGroup] = []
+    sampled: list[Sampled] = []
     used = found = 0
     for _ in range(rounds):
         expected = math.ceil((count - found) * used / found) if found else count
@@ -128,32 +104,14 @@ def sample_informative(
         found = len([1 for informative in distributed.gather_objects([g.informative for g in groups]) if informative])
         if found >= count:
             break
-    return _share(groups, count, distributed), sampled, used
+    return _share(groups, count, size, distributed), sampled, used
 
 
-def _share(groups: list[Group], count: int, distributed: Distributed) -> Rollout:
+def _share(groups: list[PromptGroup], count: int, size: int, distributed: Distributed) -> Sampled:
     """The first `count` groups, informative ones first, dealt out evenly to the processes whoever sampled them."""
     order = sorted(distributed.gather_objects([(not g.informative, g.slot) for g in groups]))[:count]
     chosen = {slot for _, slot in order}
     everyone = distributed.gather_objects([g for g in groups if g.slot in chosen])
     everyone.sort(key=lambda group: group.slot)
     mine = distributed.share(count)
-    return join([everyone[i] for i in mine], mine.start)
-
-
-def length_metrics(rollouts: Sequence[Rollout], verdict: str, distributed: Distributed) -> dict[str, float]:
-    """Lengths of the step's completions in tokens: the extremes, of those that ended, and by verdict."""
-    mine = [
-        (len(completion.ids), completion.ended, score)
-        for rollout in rollouts
-        for completion, score in zip(rollout.completions, rollout.rewards.per_function[verdict], strict=True)
-    ]
-    rows = distributed.gather_objects(mine)
-    kinds = {
-        "completion_length_terminated": [length for length, ended, _ in rows if ended],
-        "completion_length_right": [length for length, _, score in rows if score is not None and score > 0],
-        "completion_length_wrong": [length for length, _, score in rows if score is not None and score <= 0],
-    }
-    lengths = [length for length, _, _ in rows]
-    metrics = {"completion_length_min": float(min(lengths)), "completion_length_max": float(max(lengths))}
-    return metrics | {name: sum(values) / len(values) for name, values in kinds.items() if values}
+    return joined([everyone[i].sampled for i in mine], mine.start * size)

@@ -1,11 +1,13 @@
-"""Sampling completions with the training model itself: a KV cache, one prefill per prompt, ended rows dropped.
+"""The engine that is the training model itself: a KV cache, one prefill per prompt, ended rows dropped.
 
-Every draw is a pure function of (seed, stream, step, prompt slot, completion, position), so a completion does not depend on
-the batch, the process or the history in which it is sampled; log-probs come from the pass that sampled.
+Every draw is a pure function of its key (seed, stream, step, prompt slot, completion, turn) and position, so a completion
+does not depend on the batch, the process or the history in which it is sampled; log-probs come from the pass that sampled.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,142 +15,168 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.core.logprobs import token_logprobs
 from rlhf.core.random import invert_cdf, uniform
+from rlhf.distributed import Distributed
 from rlhf.errors import InputError
-from rlhf.settings import check_types
+from rlhf.models.policy import Policy
+from rlhf.rollout.engine import Completion, Key, Promises, Request, Sampling, Span, Weights
+
+PROMISES = {
+    "float32": Promises(stateless=True, exact=True, logprob_gap=0.1),
+    "bfloat16": Promises(stateless=True, exact=False, logprob_gap=1.0),
+}
+"""By the precision of the arithmetic; weights in float64 keep what float32 promises."""
+LARGEST_TURN = 2**20
+"""Positions that each turn has for itself among the random numbers."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How completions are sampled. The whole distribution softmax(logits / temperature) is used: cutting it (top-p, top-k)
-    would make the sampler another policy than the one that is trained."""
+class _Group(NamedTuple):
+    """Requests for several completions of one prompt."""
 
-    max_new_tokens: int = 64
-    """Length limit of a completion, its end-of-sequence token included."""
-    temperature: float = 1.0
-    """Divides the logits, in sampling and in scoring alike."""
-    completions_at_once: int = 256
-    """Completions one process samples side by side: changes memory and speed."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("max_new_tokens", "completions_at_once"):
-            if getattr(self, name) < 1:
-                raise InputError(f"generation.{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"generation.temperature must be above 0, got {self.temperature}.")
+    ids: Sequence[int]
+    requests: list[Request]
 
 
-@dataclass(frozen=True)
-class Completion:
-    ids: list[int]
-    """Tokens, the end-of-sequence token included if it came."""
-    logprobs: list[float]
-    """Log-prob of each token under softmax(logits / temperature) when it was sampled."""
-    ended: bool
-    """True: by its end-of-sequence token. False: cut by max_new_tokens."""
+class InProcessEngine:
+    """Samples with the policy in this process; a `RolloutEngine` that is always in sync."""
 
+    def __init__(self, policy: Policy, distributed: Distributed, *, completions_at_once: int = 256) -> None:
+        """distributed: says in which precision the policy computes. completions_at_once: changes memory and speed.
 
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """Names the random numbers of one call: completion c of prompt slot s at position t draws (step, s, c, t)."""
+        InputError if the model's cache cannot be shared by the completions of a prompt.
+        """
+        check_cache(policy.lm)
+        self.policy, self.distributed, self.completions_at_once = policy, distributed, completions_at_once
+        self.promises, self.version = PROMISES[distributed.precision], 0
 
-    seed: int
-    stream: int
-    step: int
-    slots: Sequence[int]
-    """The place of each prompt in the global step."""
+    @torch.no_grad()
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[Completion]]:
+        """Samples now. Adjacent requests that differ in their key's `copy` alone share one prefill."""
+        groups = [_Group(members[0].ids, members) for members in _adjacent(requests)]
+        futures: list[Future[Completion]] = []
+        with self.distributed.autocast():
+            for size, alike in groupby(groups, key=lambda group: len(group.requests)):
+                of_size, at_once = list(alike), max(1, self.completions_at_once // size)
+                for start in range(0, len(of_size), at_once):
+                    for completion in self._sample(of_size[start : start + at_once], sampling):
+                        futures.append(Future())
+                        futures[-1].set_result(completion)
+        return futures
 
+    def sync(self, weights: Weights, version: int, *, in_flight: Literal["wait", "continue"] = "wait") -> None:
+        self.version = version  # the weights are the policy's own
 
-@torch.no_grad()
-def generate(
-    lm: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    config: GenerationConfig,
-    *,
-    draws: Draws,
-    eos_ids: Sequence[int],
-    num_completions: int = 1,
-    greedy: bool = False,
-) -> list[Completion]:
-    """`num_completions` completions of each prompt, those of one prompt adjacent. `greedy` takes the likeliest token."""
-    prompts_at_once = max(1, config.completions_at_once // num_completions)
-    completions: list[Completion] = []
-    for start in range(0, len(prompts), prompts_at_once):
-        part = slice(start, start + prompts_at_once)
-        slots = torch.tensor(draws.slots[part], device=lm.device).repeat_interleave(num_completions)
-        completions += _generate_batch(lm, prompts[part], slots, config, draws, eos_ids, num_completions, greedy)
-    return completions
+    def restart(self) -> None: ...
+    def close(self) -> None: ...
 
-
-def _generate_batch(
-    lm: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    slots: Tensor,
-    config: GenerationConfig,
-    draws: Draws,
-    eos_ids: Sequence[int],
-    num_completions: int,
-    greedy: bool,
-) -> list[Completion]:
-    device, rows = lm.device, len(prompts) * num_completions
-    ids, attention = left_pad(prompts, device)
-    cache = DynamicCache(config=lm.config)
-    positions = (attention.cumsum(-1) - 1).clamp(min=0)  # absolute positions must not count the padding
-    outputs = lm(
-        input_ids=ids,
-        attention_mask=attention,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.batch_repeat_interleave(num_completions)
-    logits = outputs.logits[:, -1].repeat_interleave(num_completions, 0)
-    attention = attention.repeat_interleave(num_completions, 0)
-    position = attention.sum(-1)
-    copies = torch.arange(num_completions, device=device).repeat(len(prompts))
-    eos = torch.tensor(list(eos_ids), device=device)
-    tokens = torch.zeros(rows, config.max_new_tokens, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(
-        rows, config.max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device
-    )
-    lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    alive = torch.arange(rows, device=device)
-    for t in range(config.max_new_tokens):
-        if greedy:
-            chosen = logits.argmax(-1)
-        else:
-            draw = uniform(draws.seed, draws.stream, t, copies[alive], slots[alive], draws.step)
-            chosen = invert_cdf(logits, draw, temperature=config.temperature)
-        tokens[alive, t] = chosen
-        logprobs[alive, t] = token_logprobs(logits, chosen, temperature=config.temperature)
-        lengths[alive] = t + 1
-        stops = torch.isin(chosen, eos)
-        ended[alive] = stops
-        goes_on = (~stops).nonzero().squeeze(1)
-        if t + 1 == config.max_new_tokens or len(goes_on) == 0:
-            break
-        if len(goes_on) < len(alive):  # rows that ended leave the cache and cost nothing more
-            cache.batch_select_indices(goes_on)
-            alive, chosen, attention, position = (x[goes_on] for x in (alive, chosen, attention, position))
-        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
-        outputs = lm(
-            input_ids=chosen.unsqueeze(1),
+    def _sample(self, groups: list[_Group], sampling: Sampling) -> list[Completion]:
+        """One batch: groups of one size."""
+        lm, size = self.policy.lm, len(groups[0].requests)
+        device = lm.device
+        requests = [request for group in groups for request in group.requests]
+        limits = [request.max_new_tokens or sampling.max_new_tokens for request in requests]
+        draws = _Draws([request.key for request in requests], device)
+        ids, attention = left_pad([group.ids for group in groups], device)
+        cache = DynamicCache(config=lm.config)
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)  # absolute positions must not count the padding
+        outputs = self.policy.decode(
+            input_ids=ids,
             attention_mask=attention,
-            position_ids=position.unsqueeze(1),
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
         )
-        logits, position = outputs.logits[:, -1], position + 1
-    columns = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), ended.tolist(), strict=True)
-    return [Completion(ids[:n], values[:n], done) for ids, values, n, done in columns]
+        cache.batch_repeat_interleave(size)
+        logits = outputs.logits[:, -1].repeat_interleave(size, 0)
+        attention = attention.repeat_interleave(size, 0)
+        position = attention.sum(-1)
+        found = _Found(limits, sampling.end_ids, logits)
+        while True:
+            chosen = logits.argmax(-1) if sampling.greedy else draws.sample(logits, found, sampling.temperature)
+            goes_on = found.add(chosen, token_logprobs(logits, chosen, temperature=sampling.temperature))
+            if not len(found.alive):
+                return found.completions(self.version)
+            if len(found.alive) < len(chosen):  # rows that ended leave the cache and cost nothing more
+                cache.batch_select_indices(goes_on)
+                chosen, attention, position = (x[goes_on] for x in (chosen, attention, position))
+            attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
+            outputs = self.policy.decode(
+                input_ids=chosen.unsqueeze(1),
+                attention_mask=attention,
+                position_ids=position.unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits, position = outputs.logits[:, -1], position + 1
 
 
-def left_pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+class _Draws:
+    """The random numbers of a batch's rows."""
+
+    def __init__(self, keys: Sequence[Key], device: torch.device) -> None:
+        streams = {(key.seed, key.stream) for key in keys}
+        if len(streams) > 1:
+            raise ValueError("The requests of one submission must share seed and stream: submit the others apart.")
+        self.seed, self.stream = streams.pop()
+
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, device=device)
+
+        self.step, self.slot = column([key.step for key in keys]), column([key.slot for key in keys])
+        self.copy, self.start = column([key.copy for key in keys]), column([key.turn * LARGEST_TURN for key in keys])
+
+    def sample(self, logits: Tensor, found: "_Found", temperature: float) -> Tensor:
+        """The next token of each row that goes on."""
+        rows = found.alive
+        counters = (self.start[rows] + found.length, self.copy[rows], self.slot[rows], self.step[rows])
+        return invert_cdf(logits, uniform(self.seed, self.stream, *counters), temperature=temperature)
+
+
+class _Found:
+    """What was sampled so far, row by row."""
+
+    def __init__(self, limits: Sequence[int], end_ids: Sequence[int], logits: Tensor) -> None:
+        device, rows, longest = logits.device, len(limits), max(limits)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        self.limits, self.end_ids = torch.tensor(limits, device=device), torch.tensor(list(end_ids), device=device)
+        self.tokens = torch.zeros(rows, longest, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, longest, dtype=wide, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.alive = torch.arange(rows, device=device)
+        """The rows that go on."""
+        self.length = 0
+
+    def add(self, chosen: Tensor, logprobs: Tensor) -> Tensor:
+        """The next token of each row that goes on; the places, among these, of those that go on after it."""
+        rows, place = self.alive, self.length
+        self.tokens[rows, place], self.logprobs[rows, place] = chosen, logprobs
+        self.length = place + 1
+        self.lengths[rows] = self.length
+        stops = torch.isin(chosen, self.end_ids)
+        self.stopped[rows] = stops
+        goes_on = (~stops & (self.limits[rows] > self.length)).nonzero().squeeze(1)
+        self.alive = rows[goes_on]
+        return goes_on
+
+    def completions(self, version: int) -> list[Completion]:
+        columns = (self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), self.stopped.tolist())
+        return [
+            Completion(ids[:n], values[:n], "stop" if stopped else "length", [Span(version, 0, n)])
+            for ids, values, n, stopped in zip(*columns, strict=True)
+        ]
+
+
+def _adjacent(requests: Sequence[Request]) -> list[list[Request]]:
+    """Requests for completions of one prompt, which differ in their key's copy alone, as long as they are adjacent."""
+    members = groupby(requests, key=lambda request: (tuple(request.ids), request.key._replace(copy=0)))
+    return [list(group) for _, group in members]
+
+
+def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """(ids, attention mask), (rows, longest) int64 each: every prompt ends in the last column."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, attention
 
@@ -161,15 +189,3 @@ def check_cache(lm: PreTrainedModel) -> None:
             f"policy: {type(lm).__name__} keeps a recurrent state, which generation here cannot share or drop by rows. "
             "Use a model with attention in every layer."
         )
-
-
-def end_tokens(lm: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
-    """The token ids that end a completion: the tokenizer's and those of the model's generation settings."""
-    configured = getattr(lm.generation_config, "eos_token_id", None) if lm.generation_config is not None else None
-    candidates = [*(configured if isinstance(configured, list) else [configured]), tokenizer_eos]
-    ids = {i for i in candidates if i is not None}
-    if not ids:
-        raise InputError(
-            "tokenizer: it has no end-of-sequence token, so completions could never end. Set tokenizer.eos_token."
-        )
-    return sorted(ids)

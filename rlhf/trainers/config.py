@@ -7,8 +7,8 @@ from typing import Literal
 from rlhf.algorithms.grpo import GRPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.errors import InputError
-from rlhf.rollout.in_process import GenerationConfig
-from rlhf.rollout.scoring import MissingEOS
+from rlhf.rollout.engine import GenerationConfig
+from rlhf.rollout.sampled import MissingEOS
 from rlhf.settings import check_types
 from rlhf.training.update import UpdateConfig
 

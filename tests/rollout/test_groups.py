@@ -1,14 +1,15 @@
 """Dynamic sampling: which groups a step trains on. Sources of prompts are scripted; no model is needed."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from rlhf.data.prompts import Prompt
-from rlhf.rewards.combine import RewardResult
 from rlhf.rollout.groups import sample_informative
-from rlhf.rollout.in_process import Completion
-from rlhf.rollout.scoring import Rollout
+from rlhf.rollout.sampled import Sampled
+from tests.rollout.episodes import episode
+from tests.rollout.episodes import sampled as sampled_with
 
 
 class Scripted:
@@ -17,17 +18,16 @@ class Scripted:
     def __init__(self, pattern: tuple[bool, ...]) -> None:
         self.pattern, self.asked = pattern, []
 
-    def __call__(self, first: int, number: int) -> Rollout:
+    def __call__(self, first: int, number: int) -> Sampled:
         self.asked.append((first, number))
         slots = range(first, first + number)
         informative = [self.pattern[min(slot, len(self.pattern) - 1)] for slot in slots]
         scores = [score for told in informative for score in ((1.0, 0.0) if told else (1.0, 1.0))]
-        return Rollout(
+        made = sampled_with([episode([3], [3]) for _ in scores], scores, per_function={"verdict": list(scores)})
+        return replace(
+            made,
             prompts=[Prompt([3], f"prompt {slot}", {}) for slot in slots for _ in range(2)],
             row_index=[2 * slot + copy for slot in slots for copy in range(2)],
-            completions=[Completion([3], [0.0], True) for _ in scores],
-            rewards=RewardResult(scores=scores, per_function={"verdict": list(scores)}, totals={}),
-            version=0,
         )
 
 

@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from rlhf.core.random import SAMPLING, invert_cdf, uniform
 from rlhf.errors import InputError
-from rlhf.rollout.in_process import Completion, Draws, GenerationConfig, check_cache, end_tokens, generate
+from rlhf.models.loading import end_tokens
+from rlhf.rollout.engine import Completion, GenerationConfig, Span
+from rlhf.rollout.in_process import check_cache
 from tests import tiny
+from tests.rollout.sampling import Draws, generate
 
 PROMPTS = tiny.sequences(5, seed=3, longest=9)
 SLOTS = [4, 0, 9, 2, 7]
@@ -50,13 +53,13 @@ def slow_completion(
         ids.append(plain_inverse(weights, draw))
         logprobs.append(math.log(weights[ids[-1]]))
         if ids[-1] in eos:
-            return Completion(ids, logprobs, True)
-    return Completion(ids, logprobs, False)
+            return Completion(ids, logprobs, "stop", [Span(0, 0, t + 1)])
+    return Completion(ids, logprobs, "length", [Span(0, 0, config.max_new_tokens)])
 
 
 def assert_same(completions: list[Completion], expected: list[Completion], tolerance: float) -> None:
     for got, wanted in zip(completions, expected, strict=True):
-        assert (got.ids, got.ended) == (wanted.ids, wanted.ended)
+        assert (got.ids, got.ended, got.versions) == (wanted.ids, wanted.ended, wanted.versions)
         assert got.logprobs == pytest.approx(wanted.logprobs, abs=tolerance)
 
 
@@ -66,7 +69,10 @@ def test_sampling_equals_full_forwards_of_each_row_alone(family, dtype, toleranc
     lm, config = tiny.causal_lm(family, dtype=dtype), settings()
     slow = [slow_completion(lm, p, config, s, c, ENDS) for p, s in zip(PROMPTS, SLOTS, strict=True) for c in range(3)]
     lengths = {len(completion.ids) for completion in slow}
-    assert len(lengths) > 2 and {completion.ended for completion in slow} == {True, False}  # a case worth comparing
+    assert len(lengths) > 2 and {completion.ended for completion in slow} == {
+        "stop",
+        "length",
+    }  # a case worth comparing
     assert_same(generate(lm, PROMPTS, config, draws=draws(), eos_ids=ENDS, num_completions=3), slow, tolerance)
 
 
@@ -179,9 +185,11 @@ def test_a_completion_holds_its_end_token_once_and_nothing_after_it():
     for completion in completions:
         assert len(completion.ids) == len(completion.logprobs) <= 8
         assert tiny.EOS not in completion.ids[:-1]
-        assert completion.ended == (completion.ids[-1] == tiny.EOS)
-        assert completion.ended or len(completion.ids) == 8
-    assert any(completion.ended and len(completion.ids) == 8 for completion in completions)  # just within the limit
+        assert (completion.ended == "stop") == (completion.ids[-1] == tiny.EOS)
+        assert completion.ended == "stop" or len(completion.ids) == 8
+    assert any(
+        completion.ended == "stop" and len(completion.ids) == 8 for completion in completions
+    )  # just within the limit
 
 
 def test_an_immediate_end_is_a_completion_of_one_token_and_needs_no_further_forward():
@@ -190,13 +198,13 @@ def test_an_immediate_end_is_a_completion_of_one_token_and_needs_no_further_forw
     everything = list(range(tiny.VOCABULARY))
     completions = generate(lm, PROMPTS, settings(), draws=draws(), eos_ids=everything)
     assert len(shapes) == 1
-    assert all(len(completion.ids) == 1 and completion.ended for completion in completions)
+    assert all(len(completion.ids) == 1 and completion.ended == "stop" for completion in completions)
 
 
 def test_a_limit_of_one_token_gives_one_token_that_is_cut_unless_it_ends():
     lm = tiny.causal_lm()
     for completion in generate(lm, PROMPTS, settings(max_new_tokens=1), draws=draws(), eos_ids=EOS, num_completions=9):
-        assert len(completion.ids) == 1 and completion.ended == (completion.ids == EOS)
+        assert len(completion.ids) == 1 and (completion.ended == "stop") == (completion.ids == EOS)
 
 
 def test_every_end_token_of_the_models_settings_ends_a_completion():
@@ -204,7 +212,7 @@ def test_every_end_token_of_the_models_settings_ends_a_completion():
     lm.generation_config.eos_token_id = [tiny.EOS, 5]
     assert end_tokens(lm, tiny.EOS) == [tiny.EOS, 5]
     completions = generate(lm, PROMPTS, settings(), draws=draws(), eos_ids=end_tokens(lm, tiny.EOS), num_completions=9)
-    assert {completion.ids[-1] for completion in completions if completion.ended} == {tiny.EOS, 5}
+    assert {completion.ids[-1] for completion in completions if completion.ended == "stop"} == {tiny.EOS, 5}
     assert all(5 not in completion.ids[:-1] for completion in completions)
 
 

@@ -1,4 +1,4 @@
-"""From completions to trajectories: where the score lies, what counts, what follows what, and who is named on failure."""
+"""From episodes to trajectories: where the score lies, what counts, what follows what, and who is named on failure."""
 
 import math
 from types import SimpleNamespace
@@ -6,30 +6,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.data.prompts import Prompt
 from rlhf.errors import TrainingError
 from rlhf.models.policy import Policy, frozen_copy
-from rlhf.rewards.combine import RewardResult
-from rlhf.rollout.in_process import Completion
-from rlhf.rollout.scoring import Rollout, check_finite, final_scores, policy_inputs, score
+from rlhf.rollout.episode import pack
+from rlhf.rollout.sampled import final_scores
+from rlhf.rollout.scoring import check_finite
 from tests import tiny
+from tests.rollout.episodes import episode, sampled, score
 
 CPU = torch.device("cpu")
 
 
-def rollout(
-    rows: list[tuple[list[int], list[int]]], *, cut: tuple[int, ...] = (), row_index=None, version=0
-) -> Rollout:
+def episodes(rows: list[tuple[list[int], list[int]]], *, cut: tuple[int, ...] = (), version=0):
     """(prompt ids, completion ids) per row; rows in `cut` ended at the length limit. Sampling log-probs are -1, -2, ..."""
-    return Rollout(
-        prompts=[Prompt(ids, "", {}) for ids, _ in rows],
-        row_index=list(range(len(rows))) if row_index is None else row_index,
-        completions=[
-            Completion(ids, [-1.0 - t for t in range(len(ids))], row not in cut) for row, (_, ids) in enumerate(rows)
-        ],
-        rewards=RewardResult(scores=[0.0] * len(rows), per_function={}, totals={}),
-        version=version,
-    )
+    return [
+        episode(prompt, ids, [-1.0 - t for t in range(len(ids))], ended=row not in cut, version=version)
+        for row, (prompt, ids) in enumerate(rows)
+    ]
 
 
 class Counting(torch.nn.Module):
@@ -47,8 +40,8 @@ class Counting(torch.nn.Module):
         return SimpleNamespace(logprobs=-actions.float(), values=10.0 + places if with_values else None)
 
 
-def scored(rows, scores, **options):
-    return score(rollout(rows, **options), scores, Counting(), None, microbatch_tokens=1000, device=CPU)
+def scored(rows, scores, row_index=None, **options):
+    return score(episodes(rows, **options), scores, Counting(), row_index=row_index, microbatch_tokens=1000)
 
 
 THREE_TOKENS = [([3], [5, 6, tiny.EOS]), ([4, 4], [tiny.EOS]), ([3, 3, 3], [7, 8])]
@@ -84,14 +77,14 @@ def test_the_end_token_counts_although_padding_is_the_same_token():
 
 def test_rows_keep_their_place_in_the_global_batch_and_the_version_that_sampled_them():
     got = scored(THREE_TOKENS, [0.0] * 3, row_index=[7, 2, 5], version=4)
-    assert got.row_index.tolist() == [7, 2, 5] and got.policy_version.unique().tolist() == [4]
+    assert got.row_index.tolist() == [7, 2, 5] and got.policy_version[got.mask].unique().tolist() == [4]
 
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 5, 6, 9, 10, 100])
 def test_microbatches_of_any_size_give_the_same_rows_and_hold_no_more_than_asked(microbatch_tokens):
     policy, rows = Counting(), [(p, [*c, tiny.EOS]) for p, c in zip(tiny.sequences(9), tiny.sequences(9), strict=True)]
     whole = scored(rows, [0.0] * 9)
-    got = score(rollout(rows), [0.0] * 9, policy, None, microbatch_tokens=microbatch_tokens, device=CPU)
+    got = score(episodes(rows), [0.0] * 9, policy, microbatch_tokens=microbatch_tokens)
     torch.testing.assert_close((got.old_logprobs, got.values), (whole.old_logprobs, whole.values), rtol=0, atol=0)
     longest = max(len(p) + len(c) for p, c in rows)
     assert sum(policy.batches) == 9
@@ -99,7 +92,7 @@ def test_microbatches_of_any_size_give_the_same_rows_and_hold_no_more_than_asked
 
 
 def test_inputs_are_prompt_then_completion_then_padding():
-    inputs, actions, mask = policy_inputs(rollout(THREE_TOKENS), CPU)
+    inputs, actions, mask, *_ = pack(episodes(THREE_TOKENS), CPU)
     assert inputs["input_ids"].tolist() == [[3, 5, 6, 2, 0], [4, 4, 2, 0, 0], [3, 3, 3, 7, 8]]
     assert inputs["prompt_lengths"].tolist() == [1, 2, 3]
     assert actions.shape == mask.shape == (3, 3)
@@ -115,12 +108,8 @@ def test_inputs_are_prompt_then_completion_then_padding():
 def test_only_completions_cut_by_the_limit_are_treated_as_missing_eos_says(missing_eos, expected):
     """replace: N+ detail 23; subtract: TRL's missing_eos_penalty. How sampling ended counts, not the ids: the second row
     holds an EOS in its middle, and is cut all the same."""
-    completions = [
-        Completion([5], [0.0], True),
-        Completion([tiny.EOS, 5], [0.0] * 2, False),
-        Completion([5], [0.0], False),
-    ]
-    assert final_scores([1.0, 2.0, -3.0], completions, missing_eos, -1.5) == expected
+    made = [episode([3], [5]), episode([3], [tiny.EOS, 5], ended=False), episode([3], [5], ended=False)]
+    assert final_scores(sampled(made, [1.0, 2.0, -3.0]), missing_eos, -1.5) == expected
 
 
 # --- with a real policy -------------------------------------------------------------------------------------------------
@@ -135,9 +124,9 @@ def test_the_reference_and_the_policy_are_scored_alike(family):
         frozen_copy(tiny.causal_lm(family, seed=5).double(), temperature=0.7),
     )
     rows = [(p, [*c, tiny.EOS]) for p, c in zip(tiny.sequences(5), tiny.sequences(5, seed=1), strict=True)]
-    got = score(rollout(rows), [0.0] * 5, policy, same, microbatch_tokens=30, device=CPU)
+    got = score(episodes(rows), [0.0] * 5, policy, same, microbatch_tokens=30)
     assert torch.equal(got.old_logprobs, got.ref_logprobs)
-    far = score(rollout(rows), [0.0] * 5, policy, other, microbatch_tokens=30, device=CPU)
+    far = score(episodes(rows), [0.0] * 5, policy, other, microbatch_tokens=30)
     assert (far.ref_logprobs - far.old_logprobs).abs()[far.mask].min() > 1e-3
     for row, (prompt, completion) in enumerate(rows):  # by definition, one sequence alone
         logits = other.lm(input_ids=torch.tensor([prompt + completion])).logits[0] / 0.7

@@ -15,7 +15,6 @@ from rlhf import GenerationConfig, GRPOConfig, GRPOTrainer, GRPOTrainerConfig, I
 from rlhf.algorithms.presets import PRESETS
 from rlhf.commands.cli import guard
 from rlhf.distributed import Distributed
-from rlhf.rollout import scoring as rollout_module
 from rlhf.runs.jsonlines import read_metrics
 from rlhf.trainers import trainer as trainer_module
 from tests import tiny
@@ -299,7 +298,7 @@ def test_rewards_of_a_thousand_million_train_without_a_nan(tmp_path):
 )
 def test_if_all_completions_are_cut_and_left_out_the_step_is_made_without_a_gradient(grpo, tmp_path, monkeypatch):
     """No 0/0, no NaN in the log, and the weights stay as they are to the last bit."""
-    monkeypatch.setattr(rollout_module, "end_tokens", lambda *_: [10**6])  # nothing ends
+    monkeypatch.setattr(trainer_module, "end_tokens", lambda *_: [10**6])  # nothing ends
     lm = tiny.causal_lm(num_hidden_layers=1)
     before = {name: value.clone() for name, value in lm.state_dict().items()}
     grpo = {"dynamic_sampling_rounds": 1, "kl_coef": 0.0, "entropy_coef": 0.0, "mask_truncated": True, **grpo}

@@ -18,16 +18,14 @@ from rlhf import GenerationConfig, GRPOConfig, GRPOTrainer, GRPOTrainerConfig, U
 from rlhf.algorithms import grpo as grpo_module
 from rlhf.algorithms.grpo import GRPO
 from rlhf.core.masking import local_sum
-from rlhf.data.prompts import Prompt
 from rlhf.distributed import Distributed
 from rlhf.models.policy import Policy
-from rlhf.rewards.combine import RewardResult
-from rlhf.rollout.in_process import Completion
-from rlhf.rollout.scoring import Rollout, score
+from rlhf.rollout.sampled import Sampled
 from rlhf.runs.jsonlines import read_metrics
 from rlhf.training.steppers import split_minibatch
 from rlhf.types import TrainingBatch, Trajectories
 from tests import broken, tiny
+from tests.rollout.episodes import episode, sampled, score
 from tests.updates import update
 
 ROWS, GROUP, TOTAL = 16, 4, 12
@@ -89,7 +87,7 @@ def near(policy_: Policy, dtype: torch.dtype, scale: float) -> Policy:
     return other
 
 
-def completions(*, even: bool = True) -> Rollout:
+def completions(*, even: bool = True) -> Sampled:
     """4 prompts x 4 completions of 1 to 7 tokens, three of them cut and one without a score.
 
     even: rows of 12 tokens each, so that `microbatch_tokens` can ask for exactly so many rows; else of uneven length.
@@ -101,20 +99,16 @@ def completions(*, even: bool = True) -> Rollout:
     ]
     scores = torch.randn(ROWS, generator=torch.Generator().manual_seed(4)).tolist()
     scores[6] = float("nan")
-    return Rollout(
-        prompts=[Prompt(ids, "", {}) for ids in prompts],
-        row_index=list(range(ROWS)),
-        completions=[Completion(ids, [0.0] * len(ids), row not in (1, 5, 14)) for row, ids in enumerate(texts)],
-        rewards=RewardResult(scores=scores, per_function={}, totals={}),
-        version=0,
-    )
+    rows = zip(prompts, texts, strict=True)
+    episodes = [episode(prompt, ids, ended=row not in (1, 5, 14)) for row, (prompt, ids) in enumerate(rows)]
+    return sampled(episodes, scores)
 
 
-def trajectories(dtype: torch.dtype, rollout: Rollout | None = None) -> Trajectories:
+def trajectories(dtype: torch.dtype, rollout: Sampled | None = None) -> Trajectories:
     rollout = completions() if rollout is None else rollout
     learner = policy(dtype)
     old, reference = near(learner, dtype, 0.01), near(learner, dtype, 0.03)
-    return score(rollout, rollout.rewards.scores, old, reference, microbatch_tokens=10**6, device=torch.device("cpu"))
+    return score(rollout.episodes, rollout.rewards.scores, old, reference)
 
 
 def gradient_of(
@@ -321,13 +315,6 @@ def run_case(case: str, output_dir: Path) -> dict:
             log_metric("letters", len(text))
         return [None if text.startswith("h") else 0.01 * len(text) for text in completions]
 
-    class Trainer(GRPOTrainer):
-        def _collect(self, cursor):
-            rollout, metrics, after = super()._collect(cursor)
-            rows = zip(rollout.prompts, rollout.completions, strict=True)
-            chosen.append([(prompt.prompt, completion.ids) for prompt, completion in rows])
-            return rollout, metrics, after
-
     settings = dict(CASES[case])
     config = GRPOTrainerConfig(
         output_dir=str(output_dir),
@@ -340,7 +327,16 @@ def run_case(case: str, output_dir: Path) -> dict:
         **settings,
     )
     lm = tiny.causal_lm("gpt2", dtype=torch.float64)
-    trainer = Trainer(lm, [verdict, shape], tiny.rows(PROMPTS), config, tokenizer=tiny.tokenizer())
+    trainer = GRPOTrainer(lm, [verdict, shape], tiny.rows(PROMPTS), config, tokenizer=tiny.tokenizer())
+    prompts = getattr(trainer.source, "source", trainer.source)
+    collected = prompts.collected
+
+    def watched(step, rollout, *others):
+        rows = zip(rollout.prompts, rollout.episodes, strict=True)
+        chosen.append([(prompt.prompt, each.ids) for prompt, each in rows])
+        return collected(step, rollout, *others)
+
+    prompts.collected = watched
     trainer.train()
     return {"weights": dict(trainer.policy.state_dict()), "sampled": sampled, "chosen": chosen}
 

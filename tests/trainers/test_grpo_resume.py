@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import Callback, InputError
+from rlhf.runs.checkpoint import Saved
 from rlhf.runs.jsonlines import read_metrics
 from tests.tiny import AtStep
 from tests.trainers import test_interruption as interruption
@@ -81,7 +82,7 @@ class Forget(Callback):
     """Loses the data cursor of the resumed run: it counts prompts as if every step had taken one round."""
 
     def on_train_start(self, trainer):
-        trainer.cursor = trainer.step * trainer.config.prompts_per_step
+        trainer.source.load(Saved({"prompts_seen": trainer.step * trainer.config.prompts_per_step}))
 
 
 def test_the_comparison_notices_a_lost_data_cursor(whole, tmp_path):

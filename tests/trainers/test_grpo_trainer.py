@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from rlhf import GenerationConfig, GRPOConfig, GRPOTrainer, GRPOTrainerConfig, I
 from rlhf.algorithms.grpo import GRPO
 from rlhf.algorithms.presets import PRESETS
 from rlhf.core.masking import local_sum
-from rlhf.rollout.in_process import Completion
 from rlhf.runs.jsonlines import read_metrics
 from tests import tiny
 from tests.trainers.grpo_runs import ONE_UPDATE, PLAIN, PROMPTS, Recorded, lines_of, make_trainer, shape, verdict
@@ -66,7 +66,7 @@ def test_rounds_draw_what_one_round_of_their_joint_size_draws(tmp_path):
 
 # --- what teaches nothing ---
 
-TRUNCATED = [row for row, completion in enumerate(completions().completions) if not completion.ended]
+TRUNCATED = [row for row, each in enumerate(completions().episodes) if each.ended != "stop"]
 LEFT_OUT = GRPOConfig(completions_per_prompt=GROUP, mask_truncated=True, kl_coef=0.1, entropy_coef=0.1)
 
 
@@ -94,8 +94,8 @@ def test_what_a_left_out_completion_says_does_not_matter(left_out):
     rollout = completions()
     plain = gradient_of(config, trajectories(torch.float64, rollout))
     for row in TRUNCATED:
-        old = rollout.completions[row]
-        rollout.completions[row] = Completion([3 + (i + 1) % 8 for i in old.ids], old.logprobs, old.ended)
+        old = rollout.episodes[row]
+        rollout.episodes[row] = replace(old, ids=[3 + (i + 1) % 8 for i in old.ids])
     change = (gradient_of(config, trajectories(torch.float64, rollout)) - plain).abs().max()
     assert change < 1e-12 if left_out else change > 1e-3
 

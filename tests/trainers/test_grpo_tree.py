@@ -7,7 +7,7 @@ there. The best that exact gradients make of this tiny GPT-2 is a regret of 0.00
 import pytest
 
 from rlhf.algorithms.grpo import GRPOConfig
-from rlhf.rollout.in_process import GenerationConfig
+from rlhf.rollout.engine import GenerationConfig
 from rlhf.trainers.config import GRPOTrainerConfig
 from rlhf.trainers.grpo import GRPOTrainer
 from tests import token_tree, tree

@@ -12,7 +12,7 @@ import torch
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.kl import kl_estimate, sequence_kl_estimate
 from rlhf.core.masking import weighted_sum
-from rlhf.rollout.in_process import GenerationConfig
+from rlhf.rollout.engine import GenerationConfig
 from rlhf.trainers.config import PPOTrainerConfig
 from tests import broken, token_tree, tree
 from tests.controls import names

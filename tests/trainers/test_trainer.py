@@ -16,9 +16,10 @@ import torch
 
 from rlhf import Callback, InputError, TrainingError
 from rlhf.core.random import EVALUATION
-from rlhf.rollout.in_process import Draws, GenerationConfig, generate
+from rlhf.rollout.engine import GenerationConfig
 from rlhf.runs.jsonlines import read_metrics
 from tests import tiny
+from tests.rollout.sampling import Draws, generate
 from tests.tiny import furthest, weights
 
 
@@ -84,16 +85,12 @@ def test_the_training_forward_before_the_first_update_gives_the_sampling_logprob
         update={"num_epochs": 1, "minibatch_size": 8, "microbatch_tokens": 30},
         ppo={"entropy_coef": 0.01},
     )
-    sampled = []
-    rollout = type(trainer.collector).rollout
-    object.__setattr__(
-        trainer.collector, "rollout", lambda *a, **k: sampled.append(rollout(trainer.collector, *a, **k)) or sampled[-1]
-    )
+    sampled, sample = [], trainer.source.sample
+    trainer.source.sample = lambda *a: sampled.append(sample(*a)) or sampled[-1]
     forwards = training_forwards(trainer)
     metrics = trainer.train()
     by_text = {
-        (*prompt.ids, *completion.ids): (len(completion.ids), completion.logprobs)
-        for prompt, completion in zip(sampled[0].prompts, sampled[0].completions, strict=True)
+        (*episode.prompt_ids, *episode.ids): (len(episode.ids), episode.logprobs) for episode in sampled[0].episodes
     }
     assert len(forwards) > 1  # several microbatches
     compared = 0
@@ -372,7 +369,7 @@ def test_evaluation_reports_held_out_prompts_with_the_weights_of_its_moment(tmp_
         expected = {
             "eval/score": sum(scores) / 3,
             "eval/completion_length": sum(len(c.ids) for c in completions) / 3,
-            "eval/truncated_fraction": sum(not c.ended for c in completions) / 3,
+            "eval/truncated_fraction": sum(c.ended != "stop" for c in completions) / 3,
             "eval/reward_kl": sum(kl) / 3,
         }
         assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
@@ -592,6 +589,7 @@ def test_a_policy_given_by_its_path_trains_as_the_same_policy_in_memory_does(tmp
 BFLOAT16_RUN = """
 import sys, torch
 from tests import tiny
+from tests.rollout.sampling import Draws, generate
 lm, used = tiny.causal_lm(initializer_range=0.1), set()
 trainer = tiny.trainer(sys.argv[1], lm=lm, precision="bfloat16")
 lm.get_output_embeddings().register_forward_hook(lambda module, args, output: used.add(output.dtype))

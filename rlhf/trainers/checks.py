@@ -1,0 +1,56 @@
+"""What does not fit together in a run's settings, data and model, said before anything is computed."""
+
+import math
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from rlhf.data.prompts import PromptDataset
+from rlhf.errors import InputError
+from rlhf.models.loading import check_precision, check_vocabulary, end_tokens
+from rlhf.rollout.engine import RolloutEngine
+from rlhf.trainers.config import TrainerConfig
+from rlhf.training.sampler import Agreement
+
+
+def check_batch_sizes(
+    config: TrainerConfig, completions_per_prompt: int, eval_data: PromptDataset | None, processes: int
+) -> None:
+    """InputError if minibatches do not fill a step, or a process would be left without a prompt."""
+    completions = config.prompts_per_step * completions_per_prompt
+    size = config.update.minibatch_size or completions
+    if completions % size:
+        raise InputError(
+            f"update.minibatch_size={size} does not divide the {completions} completions of a step "
+            f"(prompts_per_step={config.prompts_per_step} x {completions_per_prompt}). "
+            "Choose sizes so that every optimizer step sees the same number of completions."
+        )
+    prompts = min(config.prompts_per_step, len(eval_data) if eval_data else math.inf)
+    if prompts < processes:
+        raise InputError(
+            f"prompts_per_step (or eval_dataset) has {prompts} prompts, which leaves some of the {processes} processes "
+            "without one. Give more, or start fewer processes."
+        )
+
+
+def check_model(lm: PreTrainedModel, tokenizer: Any, config: TrainerConfig, longest_prompt: int) -> None:
+    """InputError if the model cannot be trained on these prompts. longest_prompt: in tokens."""
+    check_vocabulary(lm, tokenizer)
+    check_precision(lm)
+    end_tokens(lm, tokenizer.eos_token_id)
+    longest = longest_prompt + config.generation.max_new_tokens
+    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"generation.max_new_tokens={config.generation.max_new_tokens}: with the longest prompt that makes "
+            f"{longest} tokens, but the policy has positions for {limit}. Lower it or max_prompt_tokens."
+        )
+
+
+def agreement_with(engine: RolloutEngine, lm: PreTrainedModel) -> Agreement:
+    """How far the engine's log-probs may be from the training forward's, by what it promises."""
+    remedy = (
+        f"The forward of {type(lm).__name__} with a cache and without are not the same policy: use another attention "
+        "implementation or precision, or report the model."
+    )
+    return Agreement(bound=engine.promises.logprob_gap, remedy=remedy)
