@@ -9,6 +9,7 @@ A `RewardModel` has no deadline.
 
 import asyncio
 import contextlib
+import copy
 import faulthandler
 import inspect
 import os
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -168,6 +169,24 @@ async def _caught(awaitable: Awaitable[Any]) -> Any:
 # --- either ---
 
 
+_UNCHANGING = {str, bytes, bool, int, float, type(None)}
+
+
+def copied(value: Any) -> Any:
+    """The same value, of which nothing that can change is shared. What cannot be copied is handed out as it is."""
+    if type(value) in _UNCHANGING or callable(value):
+        return value
+    if type(value) is list or type(value) is tuple:
+        plain = _UNCHANGING.issuperset(map(type, value))  # token ids and texts: quick
+        return type(value)(value) if plain else type(value)(copied(item) for item in value)
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a column of open files or locks, which nobody trains on
+        return value
+
+
 class RewardCall:
     """One reward function as `Rewards` calls it."""
 
@@ -178,8 +197,13 @@ class RewardCall:
         """Those that run elsewhere start first, so that they run while others compute here."""
 
     def start(self, keywords: dict[str, Any], timeout_s: float | None) -> tuple[Wait, Callable[[], Any]]:
-        """Begins the call. Returns what waits for its answer, and what gives it up; a sync function has answered."""
+        """Begins the call. Returns what waits for its answer, and what gives it up; a sync function has answered.
+
+        The function gets copies of `keywords`; those of a worker are made by sending them, and our own models change none.
+        """
         keywords = self.signature.select(keywords)
+        if not isinstance(self.function, Isolated | RewardModel):
+            keywords = {name: copied(value) for name, value in keywords.items()}
         if isinstance(self.function, Isolated):
             return self._in_worker(self.function, keywords, timeout_s)
         timeout_s = None if isinstance(self.function, RewardModel) else timeout_s
@@ -228,7 +252,7 @@ class RewardCall:
         return answer
 
     def failure(
-        self, error: BaseException, inputs: dict[str, list[Any]], tools: dict[str, Any], timeout_s: float | None
+        self, error: BaseException, inputs: Mapping[str, Sequence[Any]], tools: dict[str, Any], timeout_s: float | None
     ) -> InputError:
         """Names function, row and line of the user's code. A RewardModel's own InputError is passed on as it is."""
         if isinstance(error, InputError):
@@ -257,7 +281,7 @@ class RewardCall:
         return f"raised {type(error).__name__}: {message_of(error)} (at {place(error, self.function)})"
 
     def _failing_row(
-        self, error: BaseException, inputs: dict[str, list[Any]], tools: dict[str, Any], row_s: float
+        self, error: BaseException, inputs: Mapping[str, Sequence[Any]], tools: dict[str, Any], row_s: float
     ) -> int | None:
         """The first row on which the function, given that row alone, fails the same; None if none is found in time."""
         ignore = {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}

@@ -114,7 +114,8 @@ class Rewards:
     ) -> RewardResult:
         """Scores one batch; all sequences, also those in `columns`, have one entry per completion.
 
-        Async and isolated functions run while others compute. InputError names function, row (of
+        Each function is handed copies: what it changes, nobody else sees. Async and isolated functions run while others
+        compute. InputError names function, row (of
         this batch, from 0) and value when a function fails or returns nonsense. A row on which every function abstains
         is an error, or NaN with `allow_unscored`.
         """
@@ -150,7 +151,7 @@ class Rewards:
         said = [weight * score for weight, score in zip(self.weights, row, strict=True) if score is not None]
         return sum(said) if said else math.nan
 
-    def _call_all(self, inputs: dict[str, list[Any]], tools: dict[str, Any]) -> list[Any]:
+    def _call_all(self, inputs: Mapping[str, Sequence[Any]], tools: dict[str, Any]) -> list[Any]:
         """Every function's raw answer, in order. Those that run elsewhere start first: they work while others compute."""
         waiting: list[tuple[int, Callable[[], Any], Callable[[], Any]]] = []
         answers: list[Any] = [None] * len(self._calls)

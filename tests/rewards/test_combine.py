@@ -1,6 +1,7 @@
 """Rewards: the signature users have, several functions, every bad answer named, async, and functions by name."""
 
 import asyncio
+import copy
 import functools
 import math
 import threading
@@ -337,3 +338,45 @@ def test_a_bad_name_says_what_is_wrong_and_what_to_write(tmp_path, name, parts):
         load_reward_function(name, setting="reward_functions")
     for part in [f"reward_functions={name!r}", *parts]:
         assert part in str(error.value)
+
+
+# --- what a function changes, nobody else sees ---
+
+
+class Vandal:
+    """Changes everything it is handed, in place, and says what it was handed."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__, self.seen = name, []
+
+    def __call__(self, prompts, completions, completion_ids, prompt_ids=None, answer=None, trainer_state=None):
+        handed = {"prompts": prompts, "completions": completions, "ids": completion_ids, "prompt_ids": prompt_ids}
+        self.seen.append(copy.deepcopy(handed | {"answer": answer, "state": dict(trainer_state)}))
+        for ids in [*completion_ids, *prompt_ids]:
+            ids[:] = [3] * len(ids)
+        for conversation in [*prompts, *completions]:
+            conversation[0]["content"] = "changed"
+            conversation.append({"role": "user", "content": "more"})
+        answer[0]["right"].append("me")
+        trainer_state["global_step"] = 99
+        for values in (prompts, completions, completion_ids, prompt_ids, answer):
+            values.reverse()
+        return [1.0] * len(completions)
+
+
+def test_what_a_reward_function_changes_neither_the_next_one_nor_the_run_sees():
+    given = {
+        "prompts": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]],
+        "completions": [[{"role": "assistant", "content": "x"}], [{"role": "assistant", "content": "y"}]],
+        "completion_ids": [[5, 6], [7]],
+        "prompt_ids": [[3, 4], [8]],
+        "columns": {"answer": [{"right": ["x"]}, {"right": ["z"]}]},
+        "trainer_state": {"global_step": 2},
+    }
+    before = copy.deepcopy(given)
+    first, second = Vandal("first"), Vandal("second")
+    rewards = Rewards([first, second])
+    for _ in range(2):
+        rewards(**given)
+    assert given == before
+    assert first.seen[0] == first.seen[1] == second.seen[0] == second.seen[1]

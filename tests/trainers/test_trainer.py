@@ -632,3 +632,23 @@ def test_an_error_in_the_evaluation_loses_no_step(tmp_path):
         trainer.train()
     assert len(read_metrics(tmp_path)) == 3
     assert (tmp_path / "checkpoints" / "step-000003").is_dir()
+
+
+def test_a_reward_function_that_rewrites_what_it_is_handed_changes_nothing_of_the_run(tmp_path):
+    """Neither the tokens that are trained on, nor the prompts of a later epoch."""
+
+    def vandal(prompts, completions, completion_ids, target, prompt_ids=None):
+        scores = tiny.count_target(completions, target)
+        for ids in [*completion_ids, *prompt_ids]:
+            ids[:] = [3] * len(ids)
+        for values in (prompts, completions, target):
+            values[:] = ["d"] * len(values)
+        return scores
+
+    plain = tiny.trainer(tmp_path / "plain", total_steps=4)
+    changed = tiny.trainer(tmp_path / "changed", total_steps=4, rewards=vandal)
+    for trainer in (plain, changed):
+        trainer.train()
+    assert furthest(weights(plain), weights(changed)) == 0.0
+    for line, wanted in zip(read_metrics(tmp_path / "changed"), read_metrics(tmp_path / "plain"), strict=True):
+        assert {name.replace("vandal", "count_target"): value for name, value in line.items()} == wanted
