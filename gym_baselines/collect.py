@@ -92,13 +92,15 @@ class Collector:
         self.observation = np.array(observation)
         self.action_mask = self.allowed(infos, np.zeros(num, dtype=bool), None)
 
-    def collect(self, num_steps: int) -> Rollout:
+    def collect(self, num_steps: int, version: int = 0) -> Rollout:
         """Play `num_steps` steps of every environment and score them with the policy's present weights.
+
+        version: how many updates the policy has seen.
 
         With whole_episodes, the rollout holds the episodes that ended in it, from their first step on; it is prolonged
         by as many steps again while not one ended, on any process.
         """
-        record = self._play(num_steps)
+        record = self._play(num_steps, version)
         made = int(record.mask.sum())
         if not self.whole_episodes:
             return self._score(record, made)
@@ -106,14 +108,14 @@ class Collector:
             record, self.carried = record.split_whole_episodes(self.carried)
             if self.all_sum(torch.tensor(float(record.ends.any()))) > 0:
                 return self._score(record, made)
-            record = self._play(num_steps)
+            record = self._play(num_steps, version)
             made += int(record.mask.sum())
         raise TrainingError(
             f"No episode ended in {_MOST_ROLLOUTS_PER_EPISODE} rollouts of {num_steps} steps, and whole_episodes learns "
             "from complete ones alone: set environment.max_episode_steps, or whole_episodes to false."
         )
 
-    def _play(self, num_steps: int) -> Record:
+    def _play(self, num_steps: int, version: int) -> Record:
         num = self.envs.num_envs
         record = Record.empty(num_steps, self.envs, self.policy, with_masks=self.action_mask is not None)
         draws_at = self._draws(num_steps)
@@ -134,6 +136,8 @@ class Collector:
         self.observation = np.array(self.observation)  # the environments may reuse their buffer
         self.steps_done += torch.from_numpy(made)
         self._check(record)
+        if self.whole_episodes:  # steps are carried over to later versions
+            record.versions = np.full_like(record.mask, version, dtype=np.int64)
         return record
 
     def _draws(self, num_steps: int) -> np.ndarray:
@@ -222,6 +226,7 @@ class Collector:
             old_distribution=None if distribution is None else distribution.view(rows, time, -1),
             row_tokens=torch.full((rows,), time, device=self.device),
             row_index=self.rows.to(self.device),
+            policy_version=None if record.versions is None else self._rows_first(record.versions),
         )
         return Rollout(trajectories, self._rows_first(record.finished), num_steps)
 

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-_ARRAYS = ("observations", "actions", "logprobs", "rewards", "mask", "terminated", "ends", "finished", "action_masks")
+_ARRAYS = (
+    *("observations", "actions", "logprobs", "rewards", "mask", "terminated", "ends", "finished", "action_masks"),
+    "versions",
+)
 
 FinalObservation = tuple[int, int, np.ndarray]
 """(time, row, observation)"""
@@ -50,6 +53,8 @@ class Record:
     finished: np.ndarray
     """(time, rows, 2): return and length of the episode that ended there, else 0."""
     action_masks: np.ndarray | None = None
+    versions: np.ndarray | None = None
+    """How many updates the policy had seen when it made the step; None: in all steps as many as now."""
     final_observations: list[FinalObservation] = field(default_factory=list)
 
     @classmethod

@@ -43,7 +43,7 @@ class EnvironmentSource:
     def collect(self, step: int) -> Collected:
         """One rollout of every environment, continued where the last one stopped."""
         self.rollouts = -1
-        rollout = self.collector.collect(self.rollout_steps)
+        rollout = self.collector.collect(self.rollout_steps, step)
         trajectories, all_sum = rollout.trajectories, self.distributed.all_sum
         metrics = self._metrics(trajectories)
         if self.reward_scale is not None:

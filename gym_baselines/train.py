@@ -112,7 +112,7 @@ class Training:
             config.update,
             self.distributed,
             seed=config.seed,
-            agreement=Agreement(bound=1e-3, remedy=PURE_POLICY, first_only=config.whole_episodes),
+            agreement=Agreement(bound=1e-3, remedy=PURE_POLICY),
             arrange=real_transitions if config.whole_episodes else transitions,
             stepper=stepper_of(config),
         )

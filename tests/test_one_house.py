@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gym_baselines import preset
 from gym_baselines.agent import WEIGHTS_FILE
 from gym_baselines.config import with_settings
 from gym_baselines.train import Training
-from rlhf import Callback
+from rlhf import Callback, TrainingError
 from rlhf.runs.jsonlines import read_metrics
 from rlhf.runs.run import Run
 from rlhf.runs.signals import Interrupted
@@ -252,6 +253,25 @@ MUTANTS = [
 def test_a_mutant_of_either_object_breaks_a_run_of_each_world(world, mutant, promise, tmp_path, monkeypatch):
     mutant(monkeypatch)
     refute(lambda _: promise(world, tmp_path), None)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_sampler_that_is_no_longer_the_policy_ends_the_run_at_that_step_and_no_earlier_one_is_lost(
+    world, tmp_path, monkeypatch
+):
+    learn = Learner.learn
+
+    def astray(self, trajectories, *, step, **kwargs):
+        off = 0.05 if step >= 2 else 0.0
+        moved = replace(trajectories, sampling_logprobs=trajectories.sampling_logprobs + off)
+        return learn(self, moved, step=step, **kwargs)
+
+    monkeypatch.setattr(Learner, "learn", astray)
+    with pytest.raises(TrainingError, match=r"up to 0\.05 nats in step 2 .*not the same policy"):
+        world.start(tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
+    saved = (tmp_path / "checkpoints" / "step-000002").is_dir()
+    assert saved == isinstance(world, Tokens)  # environments have gone on: their last checkpoint would be used
 
 
 # --- signals ---

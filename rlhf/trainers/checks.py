@@ -9,6 +9,7 @@ from rlhf.data.prompts import PromptDataset
 from rlhf.errors import InputError
 from rlhf.models.loading import check_precision, check_vocabulary, end_tokens
 from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.in_process import InProcessEngine
 from rlhf.trainers.config import TrainerConfig
 from rlhf.training.sampler import Agreement
 
@@ -53,4 +54,6 @@ def agreement_with(engine: RolloutEngine, lm: PreTrainedModel) -> Agreement:
         f"The forward of {type(lm).__name__} with a cache and without are not the same policy: use another attention "
         "implementation or precision, or report the model."
     )
-    return Agreement(bound=engine.promises.logprob_gap, remedy=remedy)
+    if not isinstance(engine, InProcessEngine):
+        remedy = "Look at the engine: its weights, adapter, temperature, and which log-probs it reports."
+    return Agreement(bound=engine.promises.logprob_gap, exact=engine.promises.exact, remedy=remedy)

@@ -38,6 +38,7 @@ class GRPOTrainer(Trainer):
         "clip_fraction_high": "clip_ratio/high_mean",
         "kl_loss": "kl",
         "sampler_gap": "sampling/sampling_logp_difference/max",
+        "sampler_gap_mean": "sampling/sampling_logp_difference/mean",
     }
     """Names that users of GRPO trainers know, in files, trackers and callbacks."""
 
