@@ -22,7 +22,7 @@ from typing import Any
 from rlhf.data.tokenization import Text
 from rlhf.errors import InputError, excerpt
 from rlhf.rewards.calls import EventLoop, Failure, RewardCall
-from rlhf.rewards.functions import as_float, check_scores, name_of
+from rlhf.rewards.functions import SCORE_LIMIT, as_float, check_scores, name_of
 
 _STD = re.compile("rewards/[^/]+/std")
 STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -32,8 +32,8 @@ STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_ex
 class RewardResult:
     """What all functions said about one batch of completions."""
 
-    scores: list[float]
-    """Weighted sum over the functions that did not abstain; NaN where all did (only with `allow_unscored`)."""
+    scores: list[float | None]
+    """Weighted sum over the functions that did not abstain; None where all did (only with `allow_unscored`)."""
     per_function: dict[str, list[float | None]]
     totals: dict[str, tuple[float, float]]
     """name -> (sum, count): add both over processes, then divide; the mean then does not depend on the processes.
@@ -117,7 +117,7 @@ class Rewards:
         Each function is handed copies: what it changes, nobody else sees. Async and isolated functions run while others
         compute. InputError names function, row (of
         this batch, from 0) and value when a function fails or returns nonsense. A row on which every function abstains
-        is an error, or NaN with `allow_unscored`.
+        is an error, or None with `allow_unscored`.
         """
         log = _Log(len(completions))
         if isinstance(trainer_state, Mapping):
@@ -133,8 +133,8 @@ class Rewards:
             name: check_scores(answer, len(completions), name, prompts)
             for name, answer in zip(self.names, answers, strict=True)
         }
-        scores = [self._weighted(row) for row in zip(*per_function.values(), strict=True)]
-        unscored = [i for i, score in enumerate(scores) if math.isnan(score)]
+        scores = [self._weighted(i, row) for i, row in enumerate(zip(*per_function.values(), strict=True))]
+        unscored = [i for i, score in enumerate(scores) if score is None]
         if unscored and not allow_unscored:
             raise InputError(
                 f"{len(unscored)} of {len(scores)} completions have no score: every reward function returned None for "
@@ -147,9 +147,15 @@ class Rewards:
             extra=log.columns,
         )
 
-    def _weighted(self, row: Sequence[float | None]) -> float:
-        said = [weight * score for weight, score in zip(self.weights, row, strict=True) if score is not None]
-        return sum(said) if said else math.nan
+    def _weighted(self, row: int, scores: Sequence[float | None]) -> float | None:
+        said = [weight * score for weight, score in zip(self.weights, scores, strict=True) if score is not None]
+        total = sum(said)
+        if not abs(total) <= SCORE_LIMIT:
+            raise InputError(
+                f"reward_weights={self.weights}: with them, the scores {list(scores)} of row {row} make {total}. Give "
+                f"weights with which a score is at most {SCORE_LIMIT:g} in size."
+            )
+        return total if said else None
 
     def _call_all(self, inputs: Mapping[str, Sequence[Any]], tools: dict[str, Any]) -> list[Any]:
         """Every function's raw answer, in order. Those that run elsewhere start first: they work while others compute."""

@@ -1,6 +1,5 @@
 """Episodes of a step with what the rewards said of them, and the numbers that are told of them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -81,14 +80,16 @@ def joined(parts: Sequence[Sampled], first_row: int) -> Sampled:
     )
 
 
-def final_scores(sampled: Sampled, missing_eos: MissingEOS, value: float) -> list[float]:
+def final_scores(sampled: Sampled, missing_eos: MissingEOS, value: float) -> list[float | None]:
     """Scores with episodes that were cut by the length limit treated as asked: "keep" the score, "replace" it by `value`
-    (N+ detail 23: -1), or "subtract" `value` from it (TRL's missing_eos_penalty)."""
+    (N+ detail 23: -1), or "subtract" `value` from it (TRL's missing_eos_penalty). None: there is no score."""
 
-    def final(score: float, episode: Episode) -> float:
+    def final(score: float | None, episode: Episode) -> float | None:
         if episode.ended == "stop" or missing_eos == "keep":
             return score
-        return value if missing_eos == "replace" else score - value
+        if missing_eos == "replace":
+            return value
+        return None if score is None else score - value
 
     return [final(score, episode) for score, episode in zip(sampled.rewards.scores, sampled.episodes, strict=True)]
 
@@ -99,7 +100,7 @@ def rollout_metrics(
     """What the episodes show before anything is learnt from them; global."""
     sums, totals = MetricSums(), [part.rewards.totals for part in sampled]
     for part in sampled:
-        scores = [score for score in part.rewards.scores if not math.isnan(score)]
+        scores = [score for score in part.rewards.scores if score is not None]
         sums.add(_mean("score", scores) | _mean("score_std", [s * s for s in scores]))
         sums.add(_mean("completion_length", [len(episode.ids) for episode in part.episodes]))
         sums.add(_mean("truncated_fraction", [episode.ended != "stop" for episode in part.episodes]))
@@ -147,7 +148,7 @@ def lines(sampled: Sampled, count: int, tokenizer: Any) -> list[dict[str, Any]]:
             "row": sampled.row_index[row],
             "prompt": sampled.prompts[row].prompt,
             "completion": texts[row],
-            "score": None if math.isnan(rewards.scores[row]) else rewards.scores[row],
+            "score": rewards.scores[row],
         }
         for row in rows
     ]

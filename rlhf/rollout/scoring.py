@@ -25,9 +25,9 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(
-        self, episodes: Sequence[Episode], scores: Sequence[float], row_index: Sequence[int], *, step: int
+        self, episodes: Sequence[Episode], scores: Sequence[float | None], row_index: Sequence[int], *, step: int
     ) -> Trajectories:
-        """scores, row_index: of each episode its score (NaN: none) and its row in the global batch.
+        """scores, row_index: of each episode its score (None: it has none) and its row in the global batch.
 
         The score lies on the last sampled token, where the episode ends: terminated by an end token, or cut, after which
         nothing is expected either (V = 0). TrainingError if a number is not finite, naming `step` and the row.
@@ -38,9 +38,10 @@ class Scorer:
             own = self._forward(self.policy, packed)
             ref = None if self.reference is None else self._forward(self.reference, packed)
         dtype = own.logprobs.dtype
-        of_row = torch.tensor(scores, dtype=dtype, device=device)
+        of_row = torch.tensor([score or 0.0 for score in scores], dtype=dtype, device=device)
+        scored = torch.tensor([score is not None for score in scores], device=device)
         values = torch.zeros_like(own.logprobs) if own.values is None else own.values.to(dtype)
-        score = torch.where(packed.last, of_row.nan_to_num(0.0).unsqueeze(1), 0.0)
+        score = torch.where(packed.last, of_row.unsqueeze(1), 0.0)
         trajectories = Trajectories(
             inputs=packed.inputs,
             actions=packed.actions,
@@ -55,7 +56,7 @@ class Scorer:
             ref_logprobs=None if ref is None else ref.logprobs,
             row_tokens=packed.row_tokens,
             row_index=torch.tensor(row_index, device=device),
-            scored=None if not of_row.isnan().any() else ~of_row.isnan(),
+            scored=None if all(score is not None for score in scores) else scored,
             policy_version=packed.versions,
         )
         check_finite(trajectories, step)

@@ -7,6 +7,7 @@ from typing import Literal
 from rlhf.algorithms.grpo import GRPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.errors import InputError
+from rlhf.rewards.functions import SCORE_LIMIT
 from rlhf.rollout.engine import GenerationConfig
 from rlhf.rollout.sampled import MissingEOS
 from rlhf.settings import check_types
@@ -82,6 +83,13 @@ class TrainerConfig:
             raise InputError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must lie in [0, 2**32), got {self.seed}.")
+        for weight in self.reward_weights or ():
+            if not math.isfinite(weight):
+                raise InputError(f"reward_weights={self.reward_weights}: give a finite number for each reward.")
+        if self.missing_eos_value is not None and not abs(self.missing_eos_value) <= SCORE_LIMIT:
+            raise InputError(
+                f"missing_eos_value={self.missing_eos_value}: give a number of at most {SCORE_LIMIT:g} in size."
+            )
         if self.missing_eos == "subtract" and not (self.missing_eos_value or 0) > 0:
             raise InputError(
                 f'missing_eos_value={self.missing_eos_value}: give "subtract" a number above 0 to take off.'

@@ -139,12 +139,12 @@ def test_a_row_without_any_score_is_an_error_or_counted():
     with pytest.raises(InputError, match=r"1 of 4 completions have no score.*row 1 \(prompt 'the second'\).*number"):
         call(rewards)
     result = call(rewards, allow_unscored=True)
-    assert math.isnan(result.scores[1]) and result.scores[0] == 1.0
+    assert result.scores[1] is None and result.scores[0] == 1.0
     assert result.totals["rewards/unscored"] == (1, 4)
     nothing = call(
         Rewards(returns([None] * 4)), allow_unscored=True
     )  # the trainer looks at all processes' rows together
-    assert all(map(math.isnan, nothing.scores)) and nothing.totals["rewards/unscored"] == (4, 4)
+    assert nothing.scores == [None] * 4 and nothing.totals["rewards/unscored"] == (4, 4)
 
 
 # --- what a function returns ---
@@ -338,6 +338,20 @@ def test_a_bad_name_says_what_is_wrong_and_what_to_write(tmp_path, name, parts):
         load_reward_function(name, setting="reward_functions")
     for part in [f"reward_functions={name!r}", *parts]:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("weights", [[1e308, 1.0], [1e308, -1e308], [1e9, 0.0]])
+def test_weights_that_make_a_score_no_number_or_beyond_all_limits_are_named_with_the_row(weights):
+    """Infinity, infinity minus infinity, and a finite number that leaves no digits in float32."""
+    with pytest.raises(InputError) as error:
+        call(Rewards([by_length, by_length], weights=weights))
+    for part in (f"reward_weights={weights}", "row 0" if weights[1] == 1.0 else "row 1", "1e+09"):
+        assert part in str(error.value), str(error.value)
+
+
+def test_no_score_and_a_score_of_zero_are_told_apart():
+    result = call(Rewards(returns([None, 0.0, None, 1.0])), allow_unscored=True)
+    assert result.scores == [None, 0.0, None, 1.0]
 
 
 # --- what a function changes, nobody else sees ---

@@ -94,6 +94,16 @@ CASES = {
     ),
     "weights for other rewards": ({"reward_weights": [1.0]}, ["reward_weights=[1.0]", "2 rewards"]),
     "a weight that is NaN": ({"reward_weights": [1.0, NAN]}, ["reward_weights", "nan", "finite"]),
+    "a weight that is infinite": ({"reward_weights": [INF, 1.0]}, ["reward_weights", "inf", "finite"]),
+    "a missing end worth NaN": ({"missing_eos": "replace", "missing_eos_value": NAN}, ["missing_eos_value=nan"]),
+    "a missing end worth minus infinity": (
+        {"missing_eos": "replace", "missing_eos_value": -INF},
+        ["missing_eos_value=-inf", "1e+09"],
+    ),
+    "a missing end that costs more than a score can be": (
+        {"missing_eos": "subtract", "missing_eos_value": 1e300},
+        ["missing_eos_value=1e+300", "1e+09"],
+    ),
     "no reward": ({"rewards": []}, ["reward", "at least one"]),
     "a reward that cannot be called": ({"rewards": [3]}, ["rewards", "3", "cannot be called"]),
     "no rows": ({"dataset": []}, ["dataset", "no rows"]),

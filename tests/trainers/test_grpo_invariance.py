@@ -98,7 +98,7 @@ def completions(*, even: bool = True) -> Sampled:
         for row in range(ROWS)
     ]
     scores = torch.randn(ROWS, generator=torch.Generator().manual_seed(4)).tolist()
-    scores[6] = float("nan")
+    scores[6] = None
     rows = zip(prompts, texts, strict=True)
     episodes = [episode(prompt, ids, ended=row not in (1, 5, 14)) for row, (prompt, ids) in enumerate(rows)]
     return sampled(episodes, scores)
