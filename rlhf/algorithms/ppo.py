@@ -112,7 +112,13 @@ class PPO(Algorithm):
             self.measures_kl = "epoch" if config.penalty_target and config.penalty_adapts == "epoch" else "update"
 
     def initial_state(self) -> State:
-        return {"kl_coef": self.config.kl_coef, "penalty_coef": self.config.penalty_coef}
+        """The coefficients that have a target. The others stay as they are set, also when a run is resumed."""
+        config, state = self.config, {}
+        if config.kl_target is not None:
+            state["kl_coef"] = config.kl_coef
+        if config.penalty_target is not None:
+            state["penalty_coef"] = config.penalty_coef
+        return state
 
     def adapt(self, state: State, kl: float) -> dict[str, float]:
         """PPO-Penalty's coefficient for what follows."""
@@ -142,13 +148,13 @@ class PPO(Algorithm):
         if trajectories.ref_logprobs is not None:
             kl = kl_estimate(trajectories.old_logprobs, trajectories.ref_logprobs, "k1")
             kl = torch.where(mask, kl, 0.0)
-            rewards = rewards - state["kl_coef"] * kl
+            rewards = rewards - state.get("kl_coef", config.kl_coef) * kl
             metrics = self._reference_kl(kl, state, all_sum)
         advantages, returns = self.advantages(rewards, trajectories, all_sum)
         if "values" in self.needs:
             metrics["explained_variance"] = _explained_variance(trajectories.values, returns, mask, all_sum)
         if config.penalty_coef > 0:
-            metrics["penalty_coef"] = state["penalty_coef"]
+            metrics["penalty_coef"] = state.get("penalty_coef", config.penalty_coef)
         if config.normalize_advantages == "batch":
             advantages = whiten(advantages, mask, all_sum=all_sum)
         weighting = token_mean(mask, advantages.dtype)
@@ -162,7 +168,7 @@ class PPO(Algorithm):
             coefficients={
                 "clip_low": low,
                 "clip_high": high,
-                "penalty_coef": state.get("penalty_coef", 0.0),
+                "penalty_coef": state.get("penalty_coef", config.penalty_coef),
             },
             metrics=metrics,
         )
@@ -246,7 +252,7 @@ class PPO(Algorithm):
     def _reference_kl(self, kl: Tensor, state: State, all_sum: AllSum) -> dict[str, float]:
         """Nats per completion of this rollout; adapts the coefficient that the next rollout will use."""
         total, rows = all_sum(torch.stack([kl.sum(), kl.new_tensor(float(kl.shape[0]))])).tolist()
-        metrics = {"reward_kl": total / rows, "kl_coef": state["kl_coef"]}
+        metrics = {"reward_kl": total / rows, "kl_coef": state.get("kl_coef", self.config.kl_coef)}
         if self.config.kl_target is not None:
             state["kl_coef"] = adaptive_kl_coef(
                 state["kl_coef"],

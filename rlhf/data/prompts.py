@@ -11,6 +11,7 @@ All other columns stay with their prompt and reach the reward functions. Rows ar
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -110,6 +111,16 @@ class PromptDataset:
         digest = hashlib.sha256()
         for ids in self._ids:
             digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def content_fingerprint(self) -> str:
+        """SHA-256 over what reward functions are given: the prompts as they were written, and all other columns."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            prompt = self[i]
+            text = json.dumps([prompt.prompt, prompt.columns], sort_keys=True, default=repr)
+            digest.update(f"{len(text)}:{text}".encode(errors="surrogatepass"))
         return digest.hexdigest()
 
     def step_indices(self, cursor: int, count: int, seed: int) -> list[int]:

@@ -12,7 +12,7 @@ from rlhf.distributed import Distributed
 from rlhf.trainers.config import TrainerConfig
 from rlhf.training.weights import fingerprint
 
-MUST_MATCH = {"seed", "prompts_per_step", "dataset", "reference", "algorithm", "generation"}
+MUST_MATCH = {"seed", "prompts_per_step", "dataset", "dataset_columns", "reference", "algorithm", "generation"}
 """Of `identity`, what a resumed run may not change: prompts, draws or objective would be others from there on."""
 
 
@@ -57,6 +57,7 @@ def identity(
     return {
         **asdict(config),
         "dataset": data.fingerprint,
+        "dataset_columns": data.content_fingerprint,
         "rewards": list(reward_names),
         "reference": None if reference is None else fingerprint(reference),
         "algorithm": type(algorithm).__name__,

@@ -114,5 +114,7 @@ class Learner:
             saved.values["optimizer"],
             keep={"weight_decay"},
         )
-        self.algorithm_state, self.updates = dict(saved.values["algorithm"]), saved.values["updates"]
+        adapts = self.algorithm.initial_state()  # a coefficient that has got a target since begins at its setting
+        self.algorithm_state = {name: saved.values["algorithm"].get(name, value) for name, value in adapts.items()}
+        self.updates = saved.values["updates"]
         self.updating = False

@@ -342,6 +342,17 @@ def test_the_order_does_not_depend_on_how_steps_are_cut(seven, sizes):
     assert visited == seven.step_indices(0, 20, seed=0)
 
 
+def test_the_fingerprint_of_the_content_is_of_prompts_and_columns_as_reward_functions_see_them():
+    def of(**changes):
+        rows = [{"prompt": "a", "answer": 1, "hint": ["x"]}, {"prompt": "b", "answer": 2, "hint": ["y"]}]
+        rows[1] |= changes
+        return prompts_of(Dataset.from_list(rows)).content_fingerprint
+
+    assert of() == of()
+    others = [of(answer=3), of(hint=["x"]), of(hint=["y", "y"]), of(prompt="c")]
+    assert len({of(), *others}) == 5
+
+
 def test_the_fingerprint_is_of_the_ids_and_their_grouping_alone(seven):
     by_hand = hashlib.sha256(b"".join(struct.pack("<2q", 1, *ids(letter)) for letter in "abcdefg")).hexdigest()
     assert seven.fingerprint == by_hand

@@ -17,6 +17,7 @@ import torch
 
 import rlhf
 from rlhf import Callback, InputError
+from rlhf.runs.jsonlines import read_metrics
 from rlhf.training import learner as learner_module
 from tests import tiny
 from tests.tiny import AtStep
@@ -205,6 +206,7 @@ def stopped(tmp_path_factory) -> Path:
     [
         ({"dataset": tiny.rows(["ab", "c", "defgh", "gha", "bbbbbba"])}, "dataset"),
         ({"dataset": tiny.rows(tiny.PROMPTS[::-1])}, "dataset"),
+        ({"dataset": [row | {"target": "h"} for row in tiny.rows()]}, "dataset_columns"),
         ({"seed": 1}, "seed"),
         ({"prompts_per_step": 2}, "prompts_per_step"),
         ({"generation": {"max_new_tokens": 5}}, r"generation\.max_new_tokens"),
@@ -239,6 +241,22 @@ def test_another_learning_rate_is_allowed_mentioned_and_used(tmp_path, capsys):
     assert rates == pytest.approx([0.01 / 2, 0.01 * 3 / 4, 0.004 / 2, 0.004 / 4])
 
 
+def test_a_coefficient_without_a_target_is_the_one_that_is_set_when_the_run_is_resumed(tmp_path, capsys):
+    """It is no state: the run says that it changed, and it did. One that adapts goes on from where it was."""
+    fixed = {"ppo": {"kl_coef": 0.1, "penalty_coef": 0.5}}
+    make_trainer(tmp_path / "fixed", callbacks=[AtStep(1, stop)], **fixed).train()
+    make_trainer(tmp_path / "fixed", ppo={"kl_coef": 0.3, "penalty_coef": 0.25}).train(resume=True)
+    assert "changed since: ppo.kl_coef: 0.1 (saved), 0.3 (now)" in capsys.readouterr().out
+    lines = read_metrics(tmp_path / "fixed")
+    assert [line["kl_coef"] for line in lines] == [0.1, 0.1, 0.3, 0.3]
+    assert [line["penalty_coef"] for line in lines] == [0.5, 0.5, 0.25, 0.25]
+    adaptive = {"ppo": {"kl_coef": 0.1, "kl_target": 0.5, "kl_horizon": 40}}
+    make_trainer(tmp_path / "target", callbacks=[AtStep(1, stop)], **fixed).train()
+    make_trainer(tmp_path / "target", **adaptive).train(resume=True)  # a target since: it starts at its setting
+    begun = [line["kl_coef"] for line in read_metrics(tmp_path / "target")]
+    assert begun[2] == 0.1 and begun[3] != 0.1
+
+
 def test_a_run_is_not_overwritten_unasked_and_is_gone_if_asked(tmp_path, whole):
     make_trainer(tmp_path, seed=5).train()
     before = results(tmp_path)
@@ -252,7 +270,7 @@ def test_a_run_is_not_overwritten_unasked_and_is_gone_if_asked(tmp_path, whole):
 # --- killed -------------------------------------------------------------------------------------------------------------
 
 PACKAGE = str(Path(rlhf.__file__).parent)
-SAVING = ("checkpoint.py", "checkpoint_format.py", "reporting.py", "metrics.py", "resume.py")
+SAVING = ("directory.py", "checkpoint.py", "run.py", "jsonlines.py", "export.py")
 
 
 def in_child(work) -> int:
