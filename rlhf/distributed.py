@@ -1,6 +1,7 @@
 """Processes and devices: the only file that knows accelerate. With one process everything here is the identity."""
 
 import atexit
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -8,7 +9,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, gather_object
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -29,7 +31,10 @@ class Distributed:
         tracker_dir: str | None = None,
     ) -> None:
         """cpu: leave a GPU alone. precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a name
-        that Accelerate knows."""
+        that Accelerate knows. InputError if the launch asks for what is not here, or the tracker is not installed.
+        """
+        _check_launch()
+        _check_tracker(tracker)
         try:
             self.accelerator = Accelerator(
                 cpu=cpu or not torch.cuda.is_available(),  # draws need float64, which Apple's GPUs lack
@@ -50,6 +55,8 @@ class Distributed:
         self.device = self.accelerator.device
         self.strategy = self.accelerator.distributed_type.value
         self.precision = precision
+        self.notes = _notes_on_launch(self.world_size)
+        """Lines that a run says of how it was started."""
         self._plain = self.world_size == 1 and precision == "float32"
         if self.world_size > 1:
             atexit.register(_leave_group)
@@ -144,6 +151,46 @@ class Distributed:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
+
+
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron",
+}
+"""What `accelerate launch` sets in the environment, and what was then asked for."""
+
+
+def _check_launch() -> None:
+    """Refuse a launch that asks for sharding: it would be ignored, or do something else than is promised."""
+    for variable, kind in SHARDED.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise InputError(
+                f"accelerate launch asks for {kind}, and models are not sharded here: every process holds the whole one. "
+                "Launch with --config_file recipes/accelerate/ddp.yaml, or without that option."
+            )
+
+
+def _check_tracker(tracker: str | None) -> None:
+    if tracker is None:
+        return
+    known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
+    if tracker not in known:
+        raise InputError(f"tracker={tracker!r} is unknown. Choose one of {', '.join(known)}, or null for none.")
+    if tracker not in map(str, get_available_trackers()):
+        raise InputError(f"tracker={tracker!r} is not installed: pip install {tracker}, or set tracker to null.")
+
+
+def _notes_on_launch(world_size: int) -> list[str]:
+    """`accelerate launch --cpu --num_processes 2` starts one process and tells it an address to meet the other one at."""
+    environment = os.environ
+    launched = "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment
+    if world_size == 1 and launched and "MASTER_ADDR" in environment:
+        return [
+            "note: accelerate launch was asked for several processes and has started one: several on a CPU need "
+            "--config_file recipes/accelerate/cpu2.yaml"
+        ]
+    return []
 
 
 def _dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -36,6 +36,11 @@ def check_batch_sizes(
 
 def check_model(lm: PreTrainedModel, tokenizer: Any, config: TrainerConfig, longest_prompt: int) -> None:
     """InputError if the model cannot be trained on these prompts. longest_prompt: in tokens."""
+    if not any(p.requires_grad for p in lm.parameters()):
+        raise InputError(
+            "policy: requires_grad is False for all of its weights, so that nothing but a value head would be trained. "
+            "Call policy.requires_grad_(True), or leave some layers trainable."
+        )
     check_vocabulary(lm, tokenizer)
     check_precision(lm)
     end_tokens(lm, tokenizer.eos_token_id)
