@@ -103,7 +103,8 @@ def call_within(timeout_s: float | None, function: Callable[..., Any], keywords:
     Only in the main thread of a system with SIGALRM. What the function does to the alarm itself stays its own business.
     """
     if timeout_s is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-        return function(**keywords)
+        with no_copies():
+            return function(**keywords)
     running = True
 
     def ring(number: int, frame: Any) -> None:
@@ -115,13 +116,25 @@ def call_within(timeout_s: float | None, function: Callable[..., Any], keywords:
     started = time.monotonic()
     try:
         try:
-            return function(**keywords)
+            with no_copies():
+                return function(**keywords)
         finally:
             running = False
     finally:  # also if it rings on the way out
         left = max(1e-3, seconds - (time.monotonic() - started)) if seconds else 0.0
         signal.setitimer(signal.ITIMER_REAL, left, interval)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def no_copies() -> Iterator[None]:
+    """A copy of this process that the function forked, and that came back from it, ends here: the run is not its own."""
+    me = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != me:
+            os._exit(0)
 
 
 @contextlib.contextmanager
@@ -161,7 +174,8 @@ async def _waited(awaitable: Awaitable[Any]) -> Any:
 
 async def _caught(awaitable: Awaitable[Any]) -> Any:
     try:
-        return await awaitable
+        with no_copies():
+            return await awaitable
     except SystemExit as error:  # raised on, it would end the loop, and nobody would learn of it
         return error
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,18 @@ RUN_FILE = "RUN.json"
 RUN_NAMES = ("checkpoints", METRICS_FILE, TIMES_FILE, COMPLETIONS_FILE)
 """What a run writes in its directory: must not be there before it, unless a run of ours wrote them."""
 _RUN_MARK = b'{"format": "rlhf-toolkit run", "version": 1}\n'
+
+
+_OPEN: weakref.WeakSet["RunDirectory"] = weakref.WeakSet()
+
+
+def _leave_locks() -> None:
+    """A forked copy of this process (a reward function's, say) does not keep the run's directory locked after its end."""
+    for directory in list(_OPEN):
+        directory.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 class RunDirectory:
@@ -152,6 +165,7 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{where} is in use by another process. Stop it, or choose another output_dir.") from error
+        _OPEN.add(self)
 
     def _steps(self) -> dict[int, Path]:
         """Step -> directory, oldest first. Other names (`best`, `step-11.tmp`) and links are no checkpoints."""

@@ -1,6 +1,9 @@
 """How a run of the trainer ends before its time: by a callback, by an error, by settings that cannot work."""
 
 import math
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -95,6 +98,49 @@ def test_a_reward_that_fails_names_itself_and_leaves_the_steps_before_it_whole(v
 
 def stop_after(step: int) -> AtStep:
     return AtStep(step, lambda trainer: setattr(trainer, "should_stop", True))
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
+def test_a_copy_that_a_reward_function_forks_and_that_comes_back_does_not_train_along(kind, timeout_s, tmp_path):
+    """The function is called once in each step, in this process alone, and every child of it has ended."""
+    calls, children = tmp_path / "calls", []
+
+    def score(completions, target):
+        pid = os.fork()
+        if pid:
+            children.append(pid)
+            os.waitpid(pid, 0)
+        with calls.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return tiny.count_target(completions, target)
+
+    async def later(completions, target):
+        return score(completions, target)
+
+    reward = score if kind == "sync" else later
+    tiny.trainer(tmp_path / "run", rewards=reward, total_steps=2, reward_timeout_s=timeout_s).train()
+    assert calls.read_text().split().count(str(os.getpid())) == 2 and len(children) == 2
+    assert len(calls.read_text().split()) == 4  # each child once, and no step of its own
+
+
+def test_a_forked_copy_that_lives_on_does_not_keep_the_runs_directory_locked(tmp_path):
+    children = []
+
+    def score(completions, target):
+        children.append(os.fork())
+        if children[-1] == 0:
+            time.sleep(60)
+            os._exit(0)
+        return tiny.count_target(completions, target)
+
+    try:
+        tiny.trainer(tmp_path, rewards=score, total_steps=1).train()
+        tiny.trainer(tmp_path, total_steps=1).train(overwrite=True)
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("place", ["the first minibatch", "a later minibatch"])
