@@ -32,7 +32,7 @@ from rlhf.core.preference import bradley_terry_loss
 from rlhf.data.rows import load_rows
 from rlhf.data.supervised import tokenize_preferences
 from rlhf.errors import InputError
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.loading import from_pretrained, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +110,8 @@ def load_reward_model(path: str, seed: int) -> PreTrainedModel:
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # otherwise a table says that the head is new, which is the point here
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=torch.float32, output_loading_info=True
-        )
+        options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
+        model, report = from_pretrained(AutoModelForSequenceClassification, path, "model", **options)
     finally:
         transformers.logging.set_verbosity(level)
     new_heads = [name for name in report["missing_keys"] if name.rpartition(".")[0] in ("score", "classifier")]

@@ -24,13 +24,28 @@ def _load(loader: Any, path: str, setting: str, **options: Any) -> Any:
             f"{setting}: there is no directory {path!r}. Give a directory saved by save_pretrained or a hub name."
         )
     try:
-        return loader.from_pretrained(
-            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **options
-        )
+        found = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+        return from_pretrained(loader, found, setting, **options)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{setting}: cannot load {path!r} ({reason}). Give a directory saved by save_pretrained or a hub name."
+        ) from error
+
+
+def from_pretrained(loader: Any, path: str | Path, setting: str, **options: Any) -> Any:
+    """`loader.from_pretrained`, which runs no code that a model brings along: transformers would otherwise ask on standard
+    input whether it may. InputError if the model cannot do without."""
+    try:
+        return loader.from_pretrained(path, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise InputError(
+            f"{setting}: {str(path)!r} brings Python code of its own, which is not run unasked. Read it; if you trust it, "
+            f"load it in Python with trust_remote_code=True and pass the object as {setting}."
         ) from error
 
 

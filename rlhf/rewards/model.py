@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rlhf.data.tokenization import Encoder, Text
 from rlhf.errors import InputError
+from rlhf.models.loading import from_pretrained
 
 
 class RewardModel:
@@ -66,13 +67,14 @@ class RewardModel:
                 f"{where} does not exist. Give a directory saved by save_pretrained or owner/name on the hub."
             )
         try:
-            kinds = AutoConfig.from_pretrained(path).architectures or []
+            kinds = from_pretrained(AutoConfig, path, "reward_model").architectures or []
             if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
                 raise InputError(
                     f"{where} is a {kinds[0]}, not a sequence classifier. Train a reward model on it first: "
                     "recipes/reward_model.py."
                 )
-            model, report = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+            loader = AutoModelForSequenceClassification
+            model, report = from_pretrained(loader, path, "reward_model", output_loading_info=True)
         except InputError:
             raise
         except (OSError, ValueError, KeyError) as error:
@@ -84,7 +86,9 @@ class RewardModel:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise InputError(f"{where} lacks trained weights for {missing}. Train it with recipes/reward_model.py.")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = from_pretrained(AutoTokenizer, path, "reward_model")
+        except InputError:
+            raise
         except (OSError, ValueError):
             tokenizer = None  # only weights were saved: they read the policy's ids
         name = options.pop("name", Path(path).name)
