@@ -138,7 +138,7 @@ def differences(before: Path, after: Path) -> Iterator[str]:
     first, second = results(before), results(after)
     for name in sorted(first.keys() ^ second.keys()):
         yield f"{name}: only {'before' if name in first else 'after'}"
-    for name in first.keys() & second.keys():
+    for name in sorted(first.keys() & second.keys()):
         old, new = first[name].read_bytes(), second[name].read_bytes()
         if old != new:
             yield f"{name}: " + (of_lines(old, new) if name.endswith(".jsonl") else "other bytes")
