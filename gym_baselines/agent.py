@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from gym_baselines.envs.spaces import space_from_json, space_to_json
 from gym_baselines.networks import ActorCritic, Features, NetworkConfig
 from rlhf.core.random import EVALUATION, uniform
 from rlhf.errors import InputError
+from rlhf.runs.files import write_whole
 
 AGENT_FILE, WEIGHTS_FILE, EVALUATION_FILE = "agent.json", "policy.safetensors", "evaluation.json"
 _FORMAT = "gym_baselines agent 2"
@@ -96,8 +96,8 @@ class Agent:
         }
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _write(directory / WEIGHTS_FILE, weights)
-            _write(directory / AGENT_FILE, json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n")
+            write_whole(directory / WEIGHTS_FILE, weights)
+            write_whole(directory / AGENT_FILE, json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n")
         except OSError as error:
             raise InputError(f"The agent cannot be saved in {directory}: {error}. Name another folder.") from error
 
@@ -208,12 +208,6 @@ def _check_features(needed: bool, features: Features | None, directory: Path) ->
 
 def _with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def describe(config: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from gym_baselines.networks import NetworkConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.trpo import TrustRegionConfig
 from rlhf.errors import InputError
-from rlhf.settings import check_types
+from rlhf.settings import check_types, dotted
 from rlhf.training.update import UpdateConfig
 
 AlgorithmName = Literal["ppo", "ppo_penalty", "a2c", "reinforce", "trpo"]
@@ -226,7 +226,7 @@ def _unknown(name: str, config: TrainConfig) -> str:
     trust_region = {f.name for f in fields(TrustRegionConfig)}
     if name in trust_region and config.trust_region is None:
         return f"{name} is a setting of TRPO's trust region, and this is {config.algorithm}: choose algorithm trpo."
-    leaves = [*(leaf for leaf, _ in flat_settings(asdict(config)))]
+    leaves = [name for name, _ in dotted(asdict(config))]
     close = get_close_matches(name, [leaf.rpartition(".")[2] for leaf in leaves], n=1)
     return f"There is no setting {name!r}." + (f" Did you mean {close[0]!r}?" if close else " See TrainConfig for all.")
 
@@ -239,11 +239,3 @@ def _plain(group: Any, name: str, value: Any) -> Any:
         value = value.item()  # a NumPy number
     counts = isinstance(getattr(group, name), int | None) and isinstance(value, float) and value.is_integer()
     return int(value) if counts else value
-
-
-def flat_settings(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested settings under dotted names, as a command line wants its defaults."""
-    pairs: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        pairs += flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return pairs

@@ -144,12 +144,6 @@ class ActorCritic(nn.Module):
             kl=None if old_distribution is None else self.family.kl(old_distribution, params),
         )
 
-    def parameters_of_policy(self) -> list[nn.Parameter]:
-        """Those that the distribution of actions depends on."""
-        modules = [self.policy_net] if self.body is None else [self.body, self.policy_net]
-        own = [] if self.log_std is None else [self.log_std]
-        return [parameter for module in modules for parameter in module.parameters()] + own
-
     # ---- for acting ----
 
     def sample(self, observations: Tensor, draws: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

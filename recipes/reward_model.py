@@ -11,28 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
 from supervised import (
+    Inputs,
     SupervisedConfig,
     check_output_dir,
     fit,
+    load_inputs,
     match_special_tokens,
-    quiet_libraries,
+    report,
     save,
     training_arguments,
 )
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer
 
 from rlhf.commands.cli import run_command
 from rlhf.core.preference import bradley_terry_loss
-from rlhf.data.rows import load_rows
 from rlhf.data.supervised import tokenize_preferences
 from rlhf.errors import InputError
-from rlhf.models.loading import from_pretrained, load_tokenizer
+from rlhf.models.loading import from_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +133,10 @@ def disable_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def fit_reward_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_rows: datasets.Dataset,
-    config: RewardModelConfig,
-    eval_rows: datasets.Dataset | None = None,
-) -> Path:
+def fit_reward_model(model: PreTrainedModel, inputs: Inputs, config: RewardModelConfig) -> Path:
     """Train `model` in place on preference rows, print one line, save to `config.output_dir` and return that folder."""
     check_output_dir(config)
+    tokenizer = inputs.tokenizer
     match_special_tokens(model, tokenizer)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise InputError(
@@ -149,10 +144,7 @@ def fit_reward_model(
             "the score at EOS. Give it a pad token of its own (one that texts do not contain) and save it again."
         )
     disable_dropout(model)
-    train_set, eval_set = (
-        None if rows is None else tokenize_preferences(rows, tokenizer, max_tokens=config.max_tokens, setting=setting)
-        for rows, setting in ((train_rows, "dataset"), (eval_rows, "eval_dataset"))
-    )
+    train_set, eval_set = inputs.tokenized(tokenize_preferences, config.max_tokens)
     trainer = RewardTrainer(
         model=model,
         args=training_arguments(config),
@@ -169,22 +161,14 @@ def fit_reward_model(
             f"scores {metrics['eval_score_mean']:.2f} +- {metrics['eval_score_std']:.2f}"
         )
     folder = save(trainer, tokenizer, metrics, config)
-    if trainer.is_world_process_zero():
-        print(
-            f"reward model: {len(train_set)} pairs, {metrics['num_steps']:.0f} steps of {config.batch_size}, "
-            f"train loss {metrics['train_loss']:.3f}{held_out}, {metrics['train_seconds']:.0f} s -> {folder}"
-        )
+    report("reward model", trainer, f"{len(train_set)} pairs", metrics, held_out, config)
     return folder
 
 
 def train_reward_model(config: RewardModelConfig) -> Path:
     """Load what `config` names, train, and return the folder of the result."""
-    check_output_dir(config)
-    quiet_libraries()
-    tokenizer = load_tokenizer(config.model, setting="model")
-    train_rows = load_rows(config.dataset)
-    eval_rows = None if config.eval_dataset is None else load_rows(config.eval_dataset, setting="eval_dataset")
-    return fit_reward_model(load_reward_model(config.model, config.seed), tokenizer, train_rows, config, eval_rows)
+    inputs = load_inputs(config)
+    return fit_reward_model(load_reward_model(config.model, config.seed), inputs, config)
 
 
 if __name__ == "__main__":

@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from supervised import (
+    Inputs,
     SupervisedConfig,
     check_output_dir,
     fit,
+    load_inputs,
     match_special_tokens,
-    quiet_libraries,
+    report,
     save,
     training_arguments,
 )
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from rlhf.commands.cli import run_command
-from rlhf.data.rows import load_rows
 from rlhf.data.supervised import tokenize_completions
-from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.loading import load_causal_lm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +52,12 @@ def pad_completions(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, 
     }
 
 
-def fine_tune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_rows: datasets.Dataset,
-    config: SFTConfig,
-    eval_rows: datasets.Dataset | None = None,
-) -> Path:
+def fine_tune(model: PreTrainedModel, inputs: Inputs, config: SFTConfig) -> Path:
     """Train `model` in place on rows of text, print one line, save to `config.output_dir` and return that folder."""
     check_output_dir(config)
+    tokenizer = inputs.tokenizer
     match_special_tokens(model, tokenizer)
-    train_set, eval_set = (
-        None if rows is None else tokenize_completions(rows, tokenizer, max_tokens=config.max_tokens, setting=setting)
-        for rows, setting in ((train_rows, "dataset"), (eval_rows, "eval_dataset"))
-    )
+    train_set, eval_set = inputs.tokenized(tokenize_completions, config.max_tokens)
     trainer = Trainer(
         model=model,
         args=training_arguments(config),
@@ -78,23 +70,14 @@ def fine_tune(
         metrics["eval_loss"] = trainer.evaluate(eval_set)["eval_loss"]
         held_out = f", held-out loss {metrics['eval_loss']:.3f} (perplexity {math.exp(metrics['eval_loss']):.2f})"
     folder = save(trainer, tokenizer, metrics, config)
-    if trainer.is_world_process_zero():
-        print(
-            f"sft: {len(train_set)} rows, {metrics['num_steps']:.0f} steps of {config.batch_size}, "
-            f"train loss {metrics['train_loss']:.3f}{held_out}, {metrics['train_seconds']:.0f} s -> {folder}"
-        )
+    report("sft", trainer, f"{len(train_set)} rows", metrics, held_out, config)
     return folder
 
 
 def train_sft(config: SFTConfig) -> Path:
     """Load what `config` names, fine-tune, and return the folder of the result."""
-    check_output_dir(config)
-    quiet_libraries()
-    tokenizer = load_tokenizer(config.model, setting="model")
-    train_rows = load_rows(config.dataset)
-    eval_rows = None if config.eval_dataset is None else load_rows(config.eval_dataset, setting="eval_dataset")
-    model = load_causal_lm(config.model, setting="model")
-    return fine_tune(model, tokenizer, train_rows, config, eval_rows)
+    inputs = load_inputs(config)
+    return fine_tune(load_causal_lm(config.model, setting="model"), inputs, config)
 
 
 if __name__ == "__main__":

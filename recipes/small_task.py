@@ -10,11 +10,13 @@ import datasets
 import torch
 import transformers
 from sft import SFTConfig, fine_tune
+from supervised import Inputs
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.data.rows import load_rows
 from rlhf.errors import InputError
+from rlhf.runs.files import written_beside
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
@@ -62,12 +64,11 @@ def check_empty(folder: Path) -> None:
 
 def write_files(folder: Path, files: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, Path]:
     """Write rows as `folder/NAME.jsonl` and return the paths. Writes beside `folder` and renames: it is whole or absent."""
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    partial.rename(folder)
+    with written_beside(folder) as partial:
+        partial.mkdir(parents=True)
+        for name, rows in files.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return {name: folder / f"{name}.jsonl" for name in files}
 
 
@@ -89,4 +90,5 @@ def train_sft(task: ModuleType | Any, data: Path, folder: Path, seed: int) -> No
         seed=seed,
         **task.SFT_SETTINGS,
     )
-    fine_tune(model, task.tokenizer(), load_rows(settings.dataset), settings, load_rows(data / "sft_test.jsonl"))
+    inputs = Inputs(task.tokenizer(), load_rows(settings.dataset), load_rows(data / "sft_test.jsonl"))
+    fine_tune(model, inputs, settings)

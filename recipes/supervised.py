@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from rlhf.data.rows import load_rows
 from rlhf.errors import InputError
+from rlhf.models.loading import load_tokenizer
+from rlhf.runs.files import beside, put_in_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,22 +185,61 @@ def match_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a configuration names, loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: datasets.Dataset
+    eval_rows: datasets.Dataset | None
+
+    def tokenized(self, tokenize: Callable[..., datasets.Dataset], max_tokens: int) -> list[Any]:
+        """[training set, evaluation set or None], by tokenize(rows, tokenizer, max_tokens=, setting=)."""
+        named = {"dataset": self.train_rows, "eval_dataset": self.eval_rows}
+        return [
+            None if rows is None else tokenize(rows, self.tokenizer, max_tokens=max_tokens, setting=setting)
+            for setting, rows in named.items()
+        ]
+
+
+def load_inputs(config: SupervisedConfig) -> Inputs:
+    """The tokenizer beside the model, and the rows. Refuses an output folder in use before it loads anything."""
+    check_output_dir(config)
+    quiet_libraries()
+    tokenizer = load_tokenizer(config.model, setting="model")
+    rows = load_rows(config.dataset)
+    return Inputs(
+        tokenizer, rows, None if config.eval_dataset is None else load_rows(config.eval_dataset, setting="eval_dataset")
+    )
+
+
 def save(
     trainer: Trainer, tokenizer: PreTrainedTokenizerBase, metrics: dict[str, float], config: SupervisedConfig
 ) -> Path:
-    """Write model, tokenizer and metrics.json beside `output_dir` and rename: the folder is whole or absent."""
+    """Write model, tokenizer and metrics.json to `output_dir`: the folder is whole or absent."""
     final = Path(config.output_dir)
-    partial = final.with_name(final.name + ".partial")
+    partial = final.with_name(f"{final.name}.tmp")
     if trainer.is_world_process_zero():
-        shutil.rmtree(partial, ignore_errors=True)
+        beside(final)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(partial))  # on every process: sharded weights are gathered here
     if trainer.is_world_process_zero():
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; metrics.json holds what matters
         tokenizer.save_pretrained(partial)
         (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        put_in_place(partial, final)
         shutil.rmtree(config.checkpoint_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return final
+
+
+def report(
+    name: str, trainer: Trainer, rows: str, metrics: dict[str, float], held_out: str, config: SupervisedConfig
+) -> None:
+    """One line on what a stage did. rows: how many of what. held_out: how good it is on other data, if known."""
+    if trainer.is_world_process_zero():
+        print(
+            f"{name}: {rows}, {metrics['num_steps']:.0f} steps of {config.batch_size}, "
+            f"train loss {metrics['train_loss']:.3f}{held_out}, {metrics['train_seconds']:.0f} s -> "
+            + config.output_dir
+        )

@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from rlhf.errors import InputError
+from rlhf.settings import dotted
 from rlhf.types import TrainingBatch
 
 
@@ -140,7 +141,7 @@ class Distributed:
     def start_tracking(self, run_name: str, config: Mapping[str, Any]) -> None:
         """config: settings, nested ones under dotted names; trackers take numbers and text alone."""
         if self.accelerator.log_with:
-            plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in _dotted(config)}
+            plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in dotted(config)}
             self.accelerator.init_trackers(run_name, config=plain)
 
     def track(self, metrics: Mapping[str, float], step: int) -> None:
@@ -191,14 +192,6 @@ def _notes_on_launch(world_size: int) -> list[str]:
             "--config_file recipes/accelerate/cpu2.yaml"
         ]
     return []
-
-
-def _dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _leave_group() -> None:

@@ -1,13 +1,27 @@
-"""Checks of settings, which are (nested) dataclasses."""
+"""Settings, which are (nested) dataclasses: their names, and the check of their types."""
 
 import dataclasses
 import types
 import typing
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from rlhf.errors import InputError
+
+
+def dotted(
+    settings: Mapping[str, Any], *, is_group: Callable[[str], bool] = lambda name: True, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested settings; an empty group is a value.
+
+    is_group: whether the mapping of that name is to be entered.
+    """
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value and is_group(prefix + name):
+            yield from dotted(value, is_group=is_group, prefix=f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def check_types(settings: Any) -> None:

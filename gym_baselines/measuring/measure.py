@@ -7,7 +7,6 @@ result is one JSON file.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -25,6 +24,7 @@ from gym_baselines.measuring.meter import Meter, RunSpec
 from gym_baselines.presets import preset
 from gym_baselines.train import train
 from rlhf.commands.cli import guard
+from rlhf.runs.files import write_whole
 
 PEER_PREFIX = "sb3_"
 
@@ -114,10 +114,7 @@ def measured_lines(spec: RunSpec) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """The file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, sort_keys=True, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, sort_keys=True, allow_nan=False).encode() + b"\n")
 
 
 TASKS: dict[str, Callable[[RunSpec], Any]] = {"run": measured_run, "lines": measured_lines}

@@ -26,6 +26,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from rlhf.errors import InputError, TrainingError
 from rlhf.runs.signals import Interrupted
+from rlhf.settings import dotted
 from rlhf.trainers.foreign_settings import instead
 
 T = TypeVar("T")
@@ -78,7 +79,7 @@ def parse(
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below; may be repeated")
     parser.add_class_arguments(config_class)
-    parser.set_defaults(dict(_defaults(defaults or {}, hints)))
+    parser.set_defaults(_defaults(defaults or {}, hints))
     try:
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *overrides])  # left to right
         del namespace["config"]
@@ -99,15 +100,13 @@ def from_plain(config_class: type[T], settings: Mapping[str, Any]) -> T:
 # --- what settings there are ---
 
 
-def _defaults(values: Mapping[str, Any], hints: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _defaults(values: Mapping[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
     """As jsonargparse wants them: members of a group under dotted names, those of a group that may be null together."""
-    for name, value in values.items():
-        if prefix + name not in hints:
-            raise InputError(f"There is no setting {prefix + name}. {_suggest(prefix + name, list(hints))}")
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[prefix + name]):
-            yield from _defaults(value, hints, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    named = dict(dotted(values, is_group=lambda name: dataclasses.is_dataclass(hints.get(name))))
+    for name in named:
+        if name not in hints:
+            raise InputError(f"There is no setting {name}. {_suggest(name, list(hints))}")
+    return named
 
 
 def _settings(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,5 @@
 """What a run hands out in the end: the policy as stock transformers loads it."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers.utils import logging
 
 from rlhf.errors import TrainingError
 from rlhf.models.policy import Policy
-from rlhf.runs.checkpoint import flush_directory
+from rlhf.runs.files import written_beside
 from rlhf.training.weights import named_tensors
 
 
@@ -23,17 +22,12 @@ def save_policy(policy: Policy, tokenizer: Any, final: Path) -> None:
 
     What was written is opened again and compared with the policy, bit for bit: TrainingError if it is another one.
     """
-    temporary = final.with_name(f"{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with _no_bars():
+    with written_beside(final) as temporary, _no_bars():
         policy.lm.save_pretrained(temporary, state_dict=_apart(policy.lm))
         tokenizer.save_pretrained(temporary)
         if policy.value_head is not None:
             save_file(named_tensors(policy.value_head), temporary / "value_head.safetensors")
         check_export(policy.lm, temporary)
-    flush_directory(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
 
 
 def check_export(lm: PreTrainedModel, folder: Path) -> None:

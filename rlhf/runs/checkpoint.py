@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.errors import InputError, TrainingError
+from rlhf.runs.files import beside, flush_directory, fsync
 
 MANIFEST, STATE_FILE = "MANIFEST.json", "state.json"
 FORMAT = {"format": "rlhf-toolkit checkpoint", "version": 2}
@@ -133,24 +134,6 @@ def seal(path: Path, step: int, config: Mapping[str, Any]) -> None:
     fsync(path)
 
 
-def flush_directory(path: Path) -> None:
-    """Put the files of `path` on the disk, readable as the umask says: safetensors makes them private (0600)."""
-    mode = path.stat().st_mode & 0o666  # mkdir applied the umask
-    for file in sorted(path.iterdir()):
-        if file.is_file() and not file.is_symlink():
-            os.chmod(file, mode)
-            fsync(file)
-    fsync(path)
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_file(path: Path, data: bytes) -> None:
     """Write a new file and flush it to the disk."""
     with open(path, "xb") as file:
@@ -188,7 +171,7 @@ def discard(path: Path) -> None:
     """Delete a checkpoint of ours. What has no manifest may be a user's: it is only moved out of the way."""
     if not (path / MANIFEST).is_file():
         return set_aside(path)
-    temporary = path.with_name(path.name + ".tmp")  # half deleted, it must not look like a checkpoint
+    temporary = beside(path)  # half deleted, it must not look like a checkpoint
     os.rename(path, temporary)
     shutil.rmtree(temporary)
 

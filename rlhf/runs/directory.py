@@ -28,7 +28,6 @@ from rlhf.runs.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
     discard,
-    fsync,
     read_checkpoint,
     seal,
     set_aside,
@@ -36,6 +35,7 @@ from rlhf.runs.checkpoint import (
     write_file,
     write_files,
 )
+from rlhf.runs.files import beside, fsync
 from rlhf.runs.jsonlines import COMPLETIONS_FILE, METRICS_FILE, TIMES_FILE
 
 RUN_FILE = "RUN.json"
@@ -222,7 +222,7 @@ class RunDirectory:
         Raises TrainingError naming the path (disk full, ...); earlier checkpoints are untouched.
         """
         final = self.checkpoints / step_name(step)
-        temporary = final.with_name(final.name + ".tmp")
+        temporary = final.with_name(f"{final.name}.tmp")
         text = json.dumps(state, sort_keys=True, indent=1)
         if json.loads(text) != state:
             raise TrainingError(f"The state of step {step} would not come back from JSON as it is: {text[:200]}")
@@ -231,8 +231,7 @@ class RunDirectory:
                 assert self._lock is not None, "open the run directory first"
                 if final.exists():
                     raise FileExistsError("there is one of this step already")
-                shutil.rmtree(temporary, ignore_errors=True)
-                write_files(temporary, step, tensors, text)
+                write_files(beside(final), step, tensors, text)
                 seal(temporary, step, config or {})
             self.barrier()
             if self.is_main:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.errors import InputError
+from rlhf.settings import dotted
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, must_match: set[str]) -> list[str]:
@@ -14,7 +15,7 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, mus
     Nested settings have dotted names ("ppo.clip_range"); a name in `must_match` covers all below it. Raises InputError
     listing every field of `must_match` that differs.
     """
-    before, now = _flatten(saved), _flatten(current)
+    before, now = ({name: _json(value) for name, value in dotted(side)} for side in (saved, current))
     required: list[str] = []
     allowed: list[str] = []
     for name in sorted(before.keys() | now.keys()):
@@ -28,17 +29,6 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, mus
             "settings and data, or start a new run in another output_dir."
         )
     return allowed
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted name -> JSON text of each leaf; tuples equal lists, since the saved side went through JSON."""
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = _json(value)
-    return flat
 
 
 def _json(value: Any) -> str:

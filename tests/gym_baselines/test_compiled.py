@@ -71,9 +71,6 @@ class Policy(nn.Module):
             kl=None if old_distribution is None else self.family.kl(old_distribution, params),
         )
 
-    def parameters_of_policy(self) -> list[nn.Parameter]:
-        return [*self.policy_net.parameters()]
-
 
 def play(policy: Policy, seed: int, *, rows: int = 3, time: int = 8) -> Trajectories:
     """Random transitions with ghosts and episode ends, scored by the policy."""

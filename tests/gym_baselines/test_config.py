@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gym_baselines import A2C, PPO, TRPO, PPOPenalty, Reinforce
-from gym_baselines.config import ALIASES, TrainConfig, flat_settings, with_settings
+from gym_baselines.config import ALIASES, TrainConfig, with_settings
 from gym_baselines.envs.environments import EnvironmentConfig
 from gym_baselines.measuring.zoo import ZOO
 from gym_baselines.networks import NetworkConfig
@@ -19,12 +19,13 @@ from rlhf.algorithms.trpo import TrustRegionConfig
 from rlhf.commands.cli import from_plain
 from rlhf.errors import InputError
 from rlhf.runs.metrics import TABLE
+from rlhf.settings import dotted
 from rlhf.training.update import UpdateConfig
 
 
 def leaves(config: TrainConfig) -> dict[str, object]:
     """Every setting under its own name, wherever it lives."""
-    return {name.rpartition(".")[2]: value for name, value in flat_settings(asdict(config))}
+    return {name.rpartition(".")[2]: value for name, value in dotted(asdict(config))}
 
 
 def complete() -> TrainConfig:
@@ -212,7 +213,7 @@ def test_an_unknown_algorithm_is_refused_with_the_choices():
 def test_every_setting_has_a_name_of_its_own():
     """So a flat name means one setting; groups do not share names with settings either."""
     config = complete()
-    count = Counter(name.rpartition(".")[2] for name, _ in flat_settings(asdict(config)))
+    count = Counter(name.rpartition(".")[2] for name, _ in dotted(asdict(config)))
     count.update(field.name for field in fields(config) if is_dataclass(getattr(config, field.name)))
     assert [name for name, times in count.items() if times > 1] == []
     assert not count.keys() & ALIASES.keys() and set(ALIASES.values()) <= count.keys()

@@ -20,7 +20,7 @@ from reward_model import (
     pair_metrics,
     train_reward_model,
 )
-from supervised import training_arguments
+from supervised import Inputs, training_arguments
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -133,7 +133,7 @@ def test_it_learns_praise_from_blame_and_stock_transformers_gives_the_same_score
     save_start(tmp_path / "start")
     rows, tokenizer = Dataset.from_list(ROWS), embedded.tokenizer()
     model = load_reward_model(str(tmp_path / "start"), seed=0)
-    folder = fit_reward_model(model, tokenizer, rows, config(tmp_path, num_epochs=15), rows)
+    folder = fit_reward_model(model, Inputs(tokenizer, rows, rows), config(tmp_path, num_epochs=15))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["eval_accuracy"] == 1.0
     assert abs(metrics["eval_score_mean"]) < 0.25 * metrics["eval_margin"]  # centred
@@ -191,7 +191,7 @@ def test_accumulated_microbatches_give_the_gradient_of_the_whole_batch(tmp_path)
     for size in (12, 3):
         model = load_reward_model(start, seed=0)
         settings = config(tmp_path, microbatch_size=size, output_dir=str(tmp_path / f"out{size}"))
-        fit_reward_model(model, embedded.tokenizer(), Dataset.from_list(ROWS), settings)
+        fit_reward_model(model, Inputs(embedded.tokenizer(), Dataset.from_list(ROWS), None), settings)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-4, rtol=0)  # three Adam steps move weights by up to 9e-3
 
@@ -214,4 +214,4 @@ def test_a_pad_token_that_is_eos_is_refused(tmp_path):
     tokenizer = embedded.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     with pytest.raises(InputError, match="pads with its EOS token"):
-        fit_reward_model(gpt2(), tokenizer, Dataset.from_list(ROWS), config(tmp_path))
+        fit_reward_model(gpt2(), Inputs(tokenizer, Dataset.from_list(ROWS), None), config(tmp_path))

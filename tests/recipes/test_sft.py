@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sft import SFTConfig, fine_tune, pad_completions, train_sft
-from supervised import split_batch
+from supervised import Inputs, split_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rlhf.data.supervised import tokenize_completions
@@ -74,7 +74,7 @@ def test_pad_that_equals_eos_still_trains_eos():
 
 def test_training_memorises_three_rows_and_saves_a_stock_model(tmp_path, capsys):
     rows = Dataset.from_list(ROWS)
-    folder = fine_tune(small_model(), embedded.tokenizer(), rows, config(tmp_path, num_epochs=120), rows)
+    folder = fine_tune(small_model(), Inputs(embedded.tokenizer(), rows, rows), config(tmp_path, num_epochs=120))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["eval_loss"] < 0.05
     assert capsys.readouterr().out.count("\n") == 1
@@ -92,7 +92,9 @@ def test_microbatches_do_not_change_the_result(tmp_path):
     for size in (3, 1):
         model = small_model()
         settings = config(tmp_path, num_epochs=3, microbatch_size=size)
-        fine_tune(model, embedded.tokenizer(), rows, replace(settings, output_dir=str(tmp_path / f"out{size}")))
+        fine_tune(
+            model, Inputs(embedded.tokenizer(), rows, None), replace(settings, output_dir=str(tmp_path / f"out{size}"))
+        )
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-4, rtol=0)  # one Adam step moves each weight by 5e-3
 
@@ -101,7 +103,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path):
     rows, tokenizer = Dataset.from_list(ROWS * 2), embedded.tokenizer()
     whole = config(tmp_path, num_epochs=4, save_steps=4, output_dir=str(tmp_path / "whole"))
     final = small_model()
-    fine_tune(final, tokenizer, rows, whole)
+    fine_tune(final, Inputs(tokenizer, rows, None), whole)
 
     class Stop(Exception):
         pass
@@ -120,12 +122,12 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path):
     original, sft.Trainer = sft.Trainer, Killed
     try:
         with pytest.raises(Stop):
-            fine_tune(small_model(), tokenizer, rows, cut)
+            fine_tune(small_model(), Inputs(tokenizer, rows, None), cut)
     finally:
         sft.Trainer = original
     assert not (tmp_path / "cut").exists()
     resumed = small_model()
-    fine_tune(resumed, tokenizer, rows, replace(cut, resume=True))
+    fine_tune(resumed, Inputs(tokenizer, rows, None), replace(cut, resume=True))
     for (name, expected), actual in zip(final.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, msg=name)
     assert not (tmp_path / "cut.checkpoints").exists()
@@ -178,4 +180,4 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     tokenizer = embedded.tokenizer()
     tokenizer.add_tokens(["zebra"])
     with pytest.raises(InputError, match="embeds only"):
-        fine_tune(small_model(), tokenizer, Dataset.from_list(ROWS), config(tmp_path))
+        fine_tune(small_model(), Inputs(tokenizer, Dataset.from_list(ROWS), None), config(tmp_path))
