@@ -62,8 +62,10 @@ class EnvironmentSource:
             observations = trajectories.inputs["observations"]
             self.policy.normalizer.update(observations, trajectories.mask, self.distributed.all_sum)
 
-    def state(self) -> Saved:
-        """Where each environment is in its episode, and what was counted."""
+    def state(self, step: int) -> Saved | None:
+        """Where each environment is in its episode, and what was counted; None if they have gone on since."""
+        if self.rollouts != step:
+            return None
         rows = self.distributed.gather_objects([row_states(self.collector, self.reward_scale)])
         tensors, numbers = to_checkpoint({row: state for part in rows for row, state in part.items()})
         values = {

@@ -1,12 +1,11 @@
 """Training on a Gymnasium environment: the loop of language models, with environments as the source."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from gymnasium.vector import VectorEnv
 from torch import nn
-from torch.optim import Adam, Optimizer, RMSprop
 
 from gym_baselines.agent import AGENT_FILE, EVALUATION_FILE, WEIGHTS_FILE, Agent, describe
 from gym_baselines.callbacks import AfterUpdate, StepFunction
@@ -15,22 +14,18 @@ from gym_baselines.config import TrainConfig
 from gym_baselines.envs.environments import EnvFactory, check_environment, make_vector_env
 from gym_baselines.envs.spaces import are_alike
 from gym_baselines.evaluate import evaluate
+from gym_baselines.learning import AGREEMENT, Schedule, make_optimizer, real_transitions, stepper_of, transitions
 from gym_baselines.networks import ActorCritic
 from gym_baselines.normalize import RewardScale
 from gym_baselines.report import EnvironmentBar
 from gym_baselines.source import EnvironmentSource
-from gym_baselines.stepping.flat import FlatStepper
 from rlhf.algorithms.ppo import PPO
 from rlhf.algorithms.trpo import TRPO
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
 from rlhf.runs.callbacks import Callback
-from rlhf.runs.checkpoint import Checkpoint, Saved
 from rlhf.runs.run import Run
 from rlhf.training.learner import Learner
-from rlhf.training.sampler import Agreement
-from rlhf.training.steppers import Stepper
-from rlhf.types import TrainingBatch
 
 EnvLike = str | EnvFactory | VectorEnv
 
@@ -44,7 +39,6 @@ _MAY_CHANGE = (
     "tensorboard",
 )
 """Settings that do not change what a resumed run computes."""
-PURE_POLICY = "The policy must be a pure function of the observation: no dropout, no batch statistics."
 
 
 def train(
@@ -101,7 +95,7 @@ class Training:
             tracker="tensorboard",
         )
         # Claimed before anything is computed: a refused folder costs nothing.
-        self._checkpoint: Checkpoint | None = self.run.open(resume=config.resume, overwrite=config.overwrite)
+        self.run.open(resume=config.resume, overwrite=config.overwrite)
         self.algorithm = PPO(config.ppo) if config.trust_region is None else TRPO(config.ppo, config.trust_region)
         if "values" not in self.algorithm.needs:  # several processes wait for a gradient of all that may have one
             self.policy.value_net.requires_grad_(False)
@@ -112,7 +106,7 @@ class Training:
             config.update,
             self.distributed,
             seed=config.seed,
-            agreement=Agreement(bound=1e-3, remedy=PURE_POLICY),
+            agreement=AGREEMENT,
             arrange=real_transitions if config.whole_episodes else transitions,
             stepper=stepper_of(config),
         )
@@ -138,25 +132,24 @@ class Training:
             rollout_steps=config.rollout_steps,
             environment_steps=begun,
         )
-        self.schedule = (begun, begun + config.total_steps)  # steps over which learning rate and clip range fall
+        self.schedule = Schedule(begun, config.total_steps)
 
     # ---- the loop ----
 
     def prolong(self, more: int) -> None:
         """Let the run go on for `more` environment steps, over which learning rate and clip range fall anew."""
-        steps = self.agent.environment_steps
-        self.schedule = (steps, steps + more)
+        self.schedule = Schedule(self.agent.environment_steps, more)
 
     def train(self, callbacks: Sequence[Callback | StepFunction] = ()) -> None:
         """Train until the planned steps are made or a callback ends it."""
-        self._restore_once()
+        self._restore()
         self.run.callbacks = [c if isinstance(c, Callback) else AfterUpdate(c) for c in callbacks]
         config, run, agent = self.config, self.run, self.agent
         hidden = not (config.progress_bar and self.distributed.is_main)
-        bar = EnvironmentBar(config, steps=agent.environment_steps, until=self.schedule[1], hidden=hidden)
-        with run.training(self._parts, bar):
+        bar = EnvironmentBar(config, steps=agent.environment_steps, until=self.schedule.end, hidden=hidden)
+        with run.training(bar):
             run.notify("on_train_start", self)
-            while agent.environment_steps < self.schedule[1] and not run.stopping():
+            while agent.environment_steps < self.schedule.end and not run.stopping():
                 before, step = agent.environment_steps, run.step
                 metrics = self.train_step()
                 if self._due(config.eval_every, before):
@@ -164,8 +157,8 @@ class Training:
                 run.log(metrics)
                 run.notify("on_step_end", self, step, metrics)
                 if self._due(config.checkpoint_every, before):
-                    run.save(self._parts())
-            run.finish(self._parts())
+                    run.save()
+            run.finish()
             if config.output_dir is not None and self.distributed.is_main:
                 agent.save(config.output_dir)
             self.distributed.barrier()
@@ -173,8 +166,7 @@ class Training:
 
     def train_step(self) -> dict[str, float]:
         """One rollout and what is learnt from it."""
-        start, end = self.schedule
-        progress = (self.agent.environment_steps - start) / (end - start)
+        progress = self.schedule.progress(self.agent.environment_steps)
         collected = self.source.collect(self.run.step)
         metrics = self.learner.learn(
             collected.trajectories,
@@ -236,22 +228,12 @@ class Training:
             if not are_alike(own, given):
                 raise InputError(f"env {config.env} has the space {given}, but the agent was trained with {own}.")
 
-    def _parts(self) -> Mapping[str, Saved] | None:
-        done = self.run.step
-        if self.learner.updating or not self.learner.updates == self.source.rollouts == done:
-            return None
-        schedule = Saved({"steps": list(self.schedule)})
-        return {"learner": self.learner.state(), "source": self.source.state(), "schedule": schedule}
-
-    def _restore_once(self) -> None:
-        """Continue from the checkpoint that the directory was opened with, if there is one."""
-        checkpoint, self._checkpoint = self._checkpoint, None
-        if checkpoint is None:
+    def _restore(self) -> None:
+        """Continue from the checkpoint that the directory was opened with, if there is one; the first time alone."""
+        resumes = self.run.resumes
+        self.run.restore({"learner": self.learner, "source": self.source, "schedule": self.schedule})
+        if not resumes:
             return
-        self.learner.load(checkpoint.part("learner"))
-        self.source.load(checkpoint.part("source"))
-        start, end = checkpoint.part("schedule").values["steps"]
-        self.schedule = (start, max(end, start + self.config.total_steps))
         self.agent.environment_steps = self.source.environment_steps
         self.agent.recent_returns = [value for value, _ in self.source.recent]
         if self.source.restarted:
@@ -271,30 +253,3 @@ class Training:
 def make_group(config: TrainConfig) -> Distributed:
     tracker = "tensorboard" if config.tensorboard else None
     return Distributed(cpu=config.device == "cpu", tracker=tracker, tracker_dir=config.output_dir)
-
-
-def make_optimizer(config: TrainConfig, policy: nn.Module) -> Optimizer:
-    """Adam or RMSprop over all parameters; TRPO's policy parameters never get a gradient from it."""
-    if config.optimizer == "rmsprop":
-        return RMSprop(policy.parameters(), lr=config.learning_rate, alpha=0.99, eps=config.optimizer_eps)
-    return Adam(policy.parameters(), lr=config.learning_rate, eps=config.optimizer_eps, fused=True)
-
-
-def stepper_of(config: TrainConfig) -> Callable[..., Stepper]:
-    """The class that makes the optimizer's steps."""
-    if not config.compile:
-        return FlatStepper
-    from gym_baselines.stepping.compiled import CompiledStepper  # here, since few runs load the compiler
-
-    return CompiledStepper
-
-
-def transitions(batch: TrainingBatch) -> TrainingBatch:
-    """Every transition a row of its own; ghost steps stay, with weight 0, so that all batches have one size."""
-    return batch.flatten()
-
-
-def real_transitions(batch: TrainingBatch) -> TrainingBatch:
-    """The transitions that count: whole episodes are filled up to the longest."""
-    batch = batch.flatten()
-    return batch.select(batch.mask.squeeze(1))

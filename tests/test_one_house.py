@@ -210,7 +210,7 @@ def loads_no_state(patch: pytest.MonkeyPatch) -> None:
 
 
 def saves_nothing_after_an_error(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Run, "_rescue", lambda self, parts: None)
+    patch.setattr(Run, "_rescue", lambda self: None)
 
 
 def begins_anew(patch: pytest.MonkeyPatch) -> None:

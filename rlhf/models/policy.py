@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.core.logprobs import entropy, logprobs_and_entropy, token_logprobs
+from rlhf.training.weights import named_tensors
 from rlhf.types import Inputs, PolicyOutputs
 
 LOGITS_AT_ONCE = 2**25
@@ -40,6 +41,10 @@ class Policy(nn.Module):
         self.chunk_tokens = max(1, LOGITS_AT_ONCE // config.vocab_size)
         self._own_forward = any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_TRANSFORMS)
         self.eval()
+
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """The language model's weights by name, as an engine takes them."""
+        return list(named_tensors(self.lm).items())
 
     def forward(
         self, inputs: Inputs, actions: Tensor, *, with_values: bool = False, with_entropy: bool = False

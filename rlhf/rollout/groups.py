@@ -40,8 +40,8 @@ class DynamicSampling:
         extra = {"dynamic_sampling/rounds": float(len(sampled)), "dynamic_sampling/prompts": float(used)}
         return replace(collected, metrics=dict(collected.metrics) | extra)
 
-    def state(self) -> Saved:
-        return self.source.state()
+    def state(self, step: int) -> Saved | None:
+        return self.source.state(step)
 
     def load(self, saved: Saved) -> None:
         self.source.load(saved)

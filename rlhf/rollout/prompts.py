@@ -99,6 +99,7 @@ class PromptSource:
         self.verdict, self.log_completions = verdict, log_completions
         self.cursor = 0
         """Prompts drawn from the data set so far."""
+        self._began = (-1, 0)  # the last step that drew prompts, and the cursor before it
 
     def collect(self, step: int) -> Collected:
         sampled = self.sample(step, 0, self.prompts_per_step)
@@ -106,10 +107,16 @@ class PromptSource:
 
     def sample(self, step: int, first: int, count: int) -> Sampled:
         """This process's share of the step's prompts first .. first + count - 1, completed and scored; may be empty."""
+        prompts, slots = self.draw(step, first, count)
+        return self.sampler(prompts, slots, step=step, copies=self.completions_per_prompt)
+
+    def draw(self, step: int, first: int, count: int) -> tuple[list[Prompt], list[int]]:
+        """This process's share of the step's prompts first .. first + count - 1, and the place of each in the step."""
+        if self._began[0] != step:
+            self._began = (step, self.cursor)
         indices = self.data.step_indices(self.cursor + first, count, self.sampler.seed)
         mine = self.distributed.share(count)
-        prompts, slots = [self.data[indices[i]] for i in mine], [first + i for i in mine]
-        return self.sampler(prompts, slots, step=step, copies=self.completions_per_prompt)
+        return [self.data[indices[i]] for i in mine], [first + i for i in mine]
 
     def collected(self, step: int, chosen: Sampled, sampled: Sequence[Sampled], used: int) -> Collected:
         """The episodes to learn from, with the metrics of all that were sampled for the step, from `used` prompts."""
@@ -125,8 +132,9 @@ class PromptSource:
             samples=lines(chosen, self.log_completions, self.sampler.tokenizer),
         )
 
-    def state(self) -> Saved:
-        return Saved({"prompts_seen": self.cursor})
+    def state(self, step: int) -> Saved:
+        began, before = self._began
+        return Saved({"prompts_seen": before if began == step else self.cursor})
 
     def load(self, saved: Saved) -> None:
         self.cursor = saved.values["prompts_seen"]

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,6 +38,19 @@ class Saved:
     values: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Group -> name -> tensor; a group is a file of the checkpoint, so no two parts of a run share a name."""
+
+
+class Part(Protocol):
+    """A part of a run that checkpoints hold: the learner, the source."""
+
+    def state(self, step: int) -> Saved | None:
+        """What it takes to go on with step `step` when all before it are done; None if this part is elsewhere, such as in
+        the middle of an update. Every process calls it."""
+        ...
+
+    def load(self, saved: Saved) -> None:
+        """Go on from there."""
+        ...
 
 
 class DamagedCheckpoint(InputError):

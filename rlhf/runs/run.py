@@ -1,19 +1,20 @@
 """One run: its directory, log files and tracker, its callbacks, its signals, its checkpoints, and how it goes on.
 
     run = Run(output_dir, distributed, description=settings, must_match={"seed"}, callbacks=[...])
-    checkpoint = run.open(resume=True)              # None: nothing to continue, start at step 0
-    with run.training(parts):
+    run.open(resume=True)                                        # claims the directory
+    run.restore({"learner": learner, "source": source})          # from the checkpoint, if there is one
+    with run.training():
         while run.step < total_steps and not run.stopping():
-            ...                                     # collect, learn
-            run.log(metrics, samples)               # the step is done: run.step is one higher
-            run.save(parts())                       # every so many steps
-        run.finish(parts())
+            ...                                                  # collect, learn
+            run.log(metrics, samples)                            # the step is done: run.step is one higher
+            run.save()                                           # every so many steps
+        run.finish()
 
 Language models and control tasks use this same object; what each of them saves is a mapping of named parts.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,13 @@ import torch
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
 from rlhf.runs.callbacks import Callback
-from rlhf.runs.checkpoint import Checkpoint, Saved
+from rlhf.runs.checkpoint import Checkpoint, Part
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.jsonlines import COMPLETIONS_FILE, JsonLines, MetricsWriter
 from rlhf.runs.metrics import unknown_names
 from rlhf.runs.reporting import Display, say
 from rlhf.runs.resume import check_resumable
 from rlhf.runs.signals import Interrupted, Signals, waiting_signals
-
-Parts = Callable[[], Mapping[str, Saved] | None]
-"""What a run is made of at this moment, by name; None while it is between two steps and belongs to none."""
 
 
 class Run:
@@ -70,6 +68,8 @@ class Run:
                 keep=keep_checkpoints,
                 others=writes,
             )
+        self._parts: Mapping[str, Part] = {}
+        self._checkpoint: Checkpoint | None = None
         self._signals = Signals()
         self._display = Display()
         self._metrics: MetricsWriter | None = None
@@ -78,15 +78,15 @@ class Run:
 
     # ---- the beginning ----
 
-    def open(self, *, resume: bool | str = False, overwrite: bool = False) -> Checkpoint | None:
-        """Claim the directory; the checkpoint to continue from, or None to start at step 0. All processes call it.
+    def open(self, *, resume: bool | str = False, overwrite: bool = False) -> None:
+        """Claim the directory and find the checkpoint to continue from, if any. All processes call it.
 
         resume: True for the newest whole checkpoint here, or the path of one (or of a run). overwrite: replace the run that
         the directory holds. InputError if that is refused, or if the checkpoint belongs to a run with other settings; the
         directory is then as before, and free.
         """
         if self.directory is None:
-            return None
+            return
         checkpoint = self.directory.open(resume, overwrite)
         if checkpoint is not None:
             try:
@@ -96,10 +96,29 @@ class Run:
                 raise
             self.say(f"resumed from {checkpoint.path}", *[f"changed since: {note}" for note in changed])
         self.step = self.saved_step = checkpoint.step if checkpoint else 0
-        return checkpoint
+        self._checkpoint = checkpoint
+
+    @property
+    def resumes(self) -> bool:
+        """Whether `open` found a checkpoint, from which `restore` will continue."""
+        return self._checkpoint is not None
+
+    def restore(self, parts: Mapping[str, Part]) -> None:
+        """What the run is made of, by name: from now on `save` saves these, and they continue from the checkpoint that
+        `open` found. InputError, and the directory is free again, if it is of other parts."""
+        checkpoint, self._checkpoint = self._checkpoint, None
+        self._parts = parts
+        if checkpoint is None:
+            return
+        try:
+            for name, part in parts.items():
+                part.load(checkpoint.part(name))
+        except BaseException:
+            self.close()
+            raise
 
     @contextmanager
-    def training(self, parts: Parts, display: Display | None = None) -> Iterator[None]:
+    def training(self, display: Display | None = None) -> Iterator[None]:
         """Around the loop: logs and tracker are open, and Ctrl-C and SIGTERM wait for the end of a step (a second one does
         not). If an error ends the loop, the steps that are done are saved first."""
         self.should_stop = False
@@ -110,7 +129,7 @@ class Run:
             with waiting_signals() as self._signals:
                 yield
         except BaseException:
-            self._rescue(parts)
+            self._rescue()
             raise
         finally:
             self._close_logs()
@@ -142,11 +161,19 @@ class Run:
         for callback in self.callbacks:
             getattr(callback, hook)(*[dict(a) if isinstance(a, dict) else a for a in arguments])
 
-    def save(self, parts: Mapping[str, Saved] | None) -> None:
-        """A checkpoint of the steps that are done; nothing if there is one. All processes call it."""
+    def save(self) -> None:
+        """A checkpoint of the steps that are done; nothing if there is one. All processes call it, between two steps."""
+        saved = self._save()
+        assert saved, "a checkpoint is written between two steps"
+
+    def _save(self) -> bool:
+        """Whether the parts are those after the steps that are done, and so are saved."""
         if self.directory is None or self.saved_step == self.step:
-            return
-        assert parts is not None, "a checkpoint is written between two steps"
+            return True
+        states = {name: part.state(self.step) for name, part in self._parts.items()}
+        parts = {name: state for name, state in states.items() if state is not None}
+        if len(parts) < len(states):
+            return False
         for file in self._files():
             file.sync()
         tensors = [group for saved in parts.values() for group in saved.tensors.items()]
@@ -154,10 +181,11 @@ class Run:
         values = {name: saved.values for name, saved in parts.items()}
         self.directory.save(self.step, dict(tensors), values, config=self.description)
         self.saved_step = self.step
+        return True
 
-    def finish(self, parts: Mapping[str, Saved] | None) -> None:
+    def finish(self) -> None:
         """After the last step: what is not saved yet is. Raises Interrupted if a signal ended the loop."""
-        self.save(parts)
+        self.save()
         if self._on_any(self._signals.number is not None):
             self.say(f"interrupted: {self.saved}")
             raise Interrupted(self._signals.number or 2)
@@ -188,14 +216,12 @@ class Run:
         """Whether some process says so: then all do the same."""
         return bool(self.distributed.all_sum(torch.tensor(float(answer))) > 0)
 
-    def _rescue(self, parts: Parts) -> None:
+    def _rescue(self) -> None:
         """After an error: the steps that are done are not lost. With several processes the others may be elsewhere, and a
         checkpoint needs all of them."""
         if self.distributed.world_size > 1 or self.directory is None or self.step == self.saved_step:
             return
-        whole = parts()
-        if whole is not None:
-            self.save(whole)
+        if self._save():
             self.say(f"stopped; {self.saved}")
 
     def _open_logs(self) -> None:

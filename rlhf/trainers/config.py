@@ -107,6 +107,11 @@ class TrainerConfig:
         fall = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
         return self.learning_rate * rise * fall[self.lr_schedule]
 
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether what happens every so many steps (0: never), and after the last, happens after step `step`."""
+        done = step + 1
+        return done == self.total_steps or (every > 0 and done % every == 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPOTrainerConfig(TrainerConfig):

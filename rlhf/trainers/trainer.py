@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.algorithms.base import Algorithm
@@ -22,7 +21,6 @@ from rlhf.rollout.prompts import PromptSource, Sampler, evaluate
 from rlhf.rollout.sampled import with_advantages
 from rlhf.rollout.scoring import Scorer
 from rlhf.runs.callbacks import Callback
-from rlhf.runs.checkpoint import Saved
 from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
 from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model
@@ -31,7 +29,6 @@ from rlhf.trainers.inputs import Reward, Rows, adamw, as_list, prompts_of, rewar
 from rlhf.trainers.report import MUST_MATCH, description, first_check, identity
 from rlhf.training.learner import Learner
 from rlhf.training.source import Source
-from rlhf.training.weights import named_tensors
 
 
 class Trainer:
@@ -167,24 +164,23 @@ class Trainer:
         overwrite: replace the run that output_dir already holds.
         """
         config, run, metrics = self.config, self.run, dict[str, float]()
-        self._open(resume, overwrite)
+        self._begin(resume, overwrite)
         bar = StepBar(first_step=run.step, total_steps=config.total_steps, hidden=not self.distributed.is_main)
         try:
-            with run.training(self._parts, bar):
+            with run.training(bar):
                 run.notify("on_train_start", self)
                 while run.step < config.total_steps and not run.stopping():
-                    step, saves = run.step, self._due(config.checkpoint_every)
-                    evaluates = self.eval_data is not None and self._due(config.eval_every)
+                    step, saves = run.step, config.is_due(config.checkpoint_every, run.step)
+                    evaluates = self.eval_data is not None and config.is_due(config.eval_every, run.step)
                     metrics = self.train_step()
                     try:
                         metrics |= self.evaluate() if evaluates else {}
                     finally:  # a failing evaluation does not lose the step
                         run.log(metrics, self.samples)
-                        self._source_state = self.source.state()
                     run.notify("on_step_end", self, step, metrics)
                     if saves:
-                        run.save(self._parts())
-                run.finish(self._parts())
+                        run.save()
+                run.finish()
                 self.save_policy()
                 run.notify("on_train_end", self)
         finally:
@@ -201,12 +197,12 @@ class Trainer:
             progress=step / config.total_steps,
             learning_rate=config.learning_rate_at(step),
         )
-        self.engine.sync(self._weights, step + 1)
+        self.engine.sync(self.policy.weights, step + 1)
         if not self._said_check:
             self.run.say(first_check(learnt))
             self._said_check = True
-        logs = self._due(config.log_completions_every)
-        self.samples = with_advantages(collected.samples, self.learner.first_advantages) if logs else []
+        logged = collected.samples if config.is_due(config.log_completions_every, step) else []
+        self.samples = with_advantages(logged, self.learner.first_advantages)
         return self._named(dict(collected.metrics) | learnt)
 
     def evaluate(self) -> dict[str, float]:
@@ -249,20 +245,17 @@ class Trainer:
 
     # ---- starting, saving, telling ----
 
-    def _open(self, resume: bool | str, overwrite: bool) -> None:
+    def _begin(self, resume: bool | str, overwrite: bool) -> None:
         """Claim the output directory and, when resuming, continue exactly where the checkpoint was written."""
         self._said_check = False
         if not resume:
             self._require_untrained()
-        checkpoint = self.run.open(resume=resume, overwrite=overwrite)
+        self.run.open(resume=resume, overwrite=overwrite)
         try:
-            if checkpoint is None:
+            if not self.run.resumes:
                 self._require_untrained()
-            else:
-                self.learner.load(checkpoint.part("learner"))
-                self.source.load(checkpoint.part("source"))
-            self._source_state = self.source.state()
-            self.engine.sync(self._weights, self.step)
+            self.run.restore({"learner": self.learner, "source": self.source})
+            self.engine.sync(self.policy.weights, self.step)
             about = (self.config, self.policy, self.data, self.eval_data, self.rewards.names, self.distributed)
             per_prompt = self.algorithm.completions_per_prompt
             self.run.say(*description(*about, completions_per_prompt=per_prompt), *filter(None, [self._note]))
@@ -277,25 +270,11 @@ class Trainer:
                 "resume=True, or make a new trainer with the policy to start from."
             )
 
-    def _parts(self) -> Mapping[str, Saved] | None:
-        """What is saved: the weights between two steps, and the source as it was when the next one began."""
-        if self.learner.updating or self.learner.updates != self.step:
-            return None
-        return {"learner": self.learner.state(), "source": self._source_state}
-
     def save_policy(self) -> None:
         """OUTPUT_DIR/policy: a model that stock transformers loads, its tokenizer, and the value head beside them."""
         if self.distributed.is_main:
             save_policy(self.policy, self.tokenizer, Path(self.config.output_dir) / "policy")
         self.distributed.barrier()
 
-    def _weights(self) -> list[tuple[str, torch.Tensor]]:
-        return list(named_tensors(self.policy.lm).items())
-
     def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {self.metric_names.get(name, name): value for name, value in metrics.items()}
-
-    def _due(self, every: int) -> bool:
-        """Whether the coming step is one after which happens what does so every so many steps, and after the last."""
-        done = self.step + 1
-        return done == self.config.total_steps or (every > 0 and done % every == 0)

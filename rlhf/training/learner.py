@@ -98,8 +98,11 @@ class Learner:
         self.algorithm_state, self.updates, self.updating = state, self.updates + 1, False
         return metrics | {"learning_rate": learning_rate}
 
-    def state(self) -> Saved:
-        """Everything that the steps so far left behind; random draws leave nothing."""
+    def state(self, step: int) -> Saved | None:
+        """Everything that the first `step` steps left behind (random draws leave nothing); None if the weights are not
+        those after `step` steps."""
+        if self.updating or self.updates != step:
+            return None
         tensors, optimizer_state = optimizer_tensors(self.own_optimizer, self.policy.named_parameters())
         values = {"algorithm": self.algorithm_state, "optimizer": optimizer_state, "updates": self.updates}
         return Saved(values, {"policy": named_tensors(self.policy), "optimizer": tensors})

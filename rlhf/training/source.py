@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rlhf.runs.checkpoint import Saved
+from rlhf.runs.checkpoint import Part
 from rlhf.types import Trajectories
 
 
@@ -19,18 +19,11 @@ class Collected:
     """The first rows, for people to read: lines of completions.jsonl. "row" is the row's place in the global batch."""
 
 
-class Source(Protocol):
+class Source(Part, Protocol):
     """Collects one step's trajectories after the other: prompts and an engine, environments, or a wrapper of another
-    source. Every process has one and collects its share."""
+    source. Every process has one and collects its share. Its `state(step)` is what it was before it collected `step`, or
+    None if it cannot go back there."""
 
     def collect(self, step: int) -> Collected:
         """The trajectories of step `step`, sampled by the policy as it is now unless they say otherwise."""
-        ...
-
-    def state(self) -> Saved:
-        """What is needed to collect from here on, such as the data cursor."""
-        ...
-
-    def load(self, saved: Saved) -> None:
-        """Go on from there."""
         ...

@@ -37,8 +37,8 @@ class TwoTurns:
 
     def collect(self, step: int) -> Collected:
         source, copies = self.prompts, self.prompts.completions_per_prompt
-        indices = source.data.step_indices(source.cursor, source.prompts_per_step, self.sampler.seed)
-        prompts = [source.data[i].ids for i in indices for _ in range(copies)]
+        drawn, _ = source.draw(step, 0, source.prompts_per_step)
+        prompts = [prompt.ids for prompt in drawn for _ in range(copies)]
         first = self._turn(step, prompts, copies, 0)
         texts = [[*p, *c.ids, *INSERTED] for p, c in zip(prompts, first, strict=True)]
         second = self._turn(step, texts, copies, 1)
@@ -50,8 +50,8 @@ class TwoTurns:
         trajectories = self.scorer(episodes, scores, range(len(episodes)), step=step)
         return Collected(trajectories=trajectories, metrics={"score": sum(scores) / len(scores)})
 
-    def state(self):
-        return self.prompts.state()
+    def state(self, step):
+        return self.prompts.state(step)
 
     def load(self, saved):
         self.prompts.load(saved)
@@ -90,8 +90,8 @@ class Twice:
         collected = self.prompts.collect(step)
         return replace(collected, metrics={**collected.metrics, "custom/wrapped": 1.0})
 
-    def state(self):
-        return self.prompts.state()
+    def state(self, step):
+        return self.prompts.state(step)
 
     def load(self, saved):
         self.prompts.load(saved)

@@ -1,0 +1,63 @@
+"""How control tasks learn: what they give the `Learner`, and the schedule of a run."""
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import Adam, Optimizer, RMSprop
+
+from gym_baselines.config import TrainConfig
+from gym_baselines.stepping.flat import FlatStepper
+from rlhf.runs.checkpoint import Saved
+from rlhf.training.sampler import Agreement
+from rlhf.training.steppers import Stepper
+from rlhf.types import TrainingBatch
+
+AGREEMENT = Agreement(
+    bound=1e-3, remedy="The policy must be a pure function of the observation: no dropout, no batch statistics."
+)
+"""The policy that acts and the one that trains are one, in one precision."""
+
+
+class Schedule:
+    """The environment steps over which learning rate and clip range fall; a part of the run's checkpoints."""
+
+    def __init__(self, start: int, planned: int) -> None:
+        self.start, self.planned, self.end = start, planned, start + planned
+
+    def progress(self, steps: int) -> float:
+        """The share that is done after so many environment steps."""
+        return (steps - self.start) / (self.end - self.start)
+
+    def state(self, step: int) -> Saved:
+        return Saved({"steps": [self.start, self.end]})
+
+    def load(self, saved: Saved) -> None:
+        self.start, end = saved.values["steps"]
+        self.end = max(end, self.start + self.planned)  # a resumed run may be given more steps
+
+
+def make_optimizer(config: TrainConfig, policy: nn.Module) -> Optimizer:
+    """Adam or RMSprop over all parameters; TRPO's policy parameters never get a gradient from it."""
+    if config.optimizer == "rmsprop":
+        return RMSprop(policy.parameters(), lr=config.learning_rate, alpha=0.99, eps=config.optimizer_eps)
+    return Adam(policy.parameters(), lr=config.learning_rate, eps=config.optimizer_eps, fused=True)
+
+
+def stepper_of(config: TrainConfig) -> Callable[..., Stepper]:
+    """The class that makes the optimizer's steps."""
+    if not config.compile:
+        return FlatStepper
+    from gym_baselines.stepping.compiled import CompiledStepper  # here, since few runs load the compiler
+
+    return CompiledStepper
+
+
+def transitions(batch: TrainingBatch) -> TrainingBatch:
+    """Every transition a row of its own; ghost steps stay, with weight 0, so that all batches have one size."""
+    return batch.flatten()
+
+
+def real_transitions(batch: TrainingBatch) -> TrainingBatch:
+    """The transitions that count: whole episodes are filled up to the longest."""
+    batch = batch.flatten()
+    return batch.select(batch.mask.squeeze(1))
