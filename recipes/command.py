@@ -5,8 +5,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import transformers
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import load_rows, prompt_rows
 from rlhf.errors import InputError
@@ -14,7 +14,6 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.calls import isolated
 from rlhf.rewards.functions import load_reward_function
 from rlhf.trainers.config import TrainerConfig
-from rlhf.trainers.trainer import Trainer
 
 EMBEDDED_TAKES = ("policy", "resume", "overwrite", "preset")
 """What also makes sense without a model of the user's, besides the trainer's settings."""
@@ -76,7 +75,12 @@ class UserRun:
         kind = self.trainer_config
         return kind(**{f.name: getattr(self, f.name) for f in fields(kind)} | changes)
 
-    def prompts(self, setting: str, tokenizer: Any) -> Dataset | None:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one that is named, or the policy's."""
+        assert self.policy is not None, "without a policy the embedded pipeline runs"
+        return load_tokenizer(self.tokenizer or self.policy, setting="tokenizer" if self.tokenizer else "policy")
+
+    def rows(self, setting: str, tokenizer: Any) -> Dataset | None:
         """The rows of `dataset` or `eval_dataset`, their prompts in the column "prompt"."""
         name = getattr(self, setting)
         if name is None:
@@ -102,21 +106,6 @@ def embedded_by_default(arguments: list[str], config_file: str) -> list[str]:
     return [] if named else [f"--config={Path(__file__).parent / 'configs' / config_file}"]
 
 
-def train(config: Any, trainer_class: type[Trainer]) -> None:
-    """The user's policy on the user's prompts and rewards."""
-    transformers.utils.logging.disable_progress_bar()  # the run has its own
-    rewards = config.rewards()
-    named = config.tokenizer or config.policy
-    tokenizer = load_tokenizer(named, setting="tokenizer" if config.tokenizer else "policy")
-    trainer = trainer_class(
-        config.policy,
-        rewards,
-        config.prompts("dataset", tokenizer),
-        config.training(),
-        tokenizer=tokenizer,
-        eval_dataset=config.prompts("eval_dataset", tokenizer),
-    )
-    trainer.train(resume=config.resume, overwrite=config.overwrite)
-    if trainer.distributed.is_main:
-        policy = f"{config.output_dir}/policy"
-        print(f"the trained policy is in {policy}; try it: python -m rlhf.commands.sample {policy}")
+def say_where(policy: Path) -> None:
+    """The last line of a command that trained."""
+    print(f"the trained policy is in {policy}; try it: python -m rlhf.commands.sample {policy}")

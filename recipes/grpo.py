@@ -9,8 +9,10 @@ rlhf/algorithms/grpo.py works as `--name value` and in a YAML file; recipes/conf
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from command import UserRun, embedded_by_default, train
+import transformers
+from command import UserRun, embedded_by_default, say_where
 
 from rlhf.algorithms.grpo import GRPOConfig
 from rlhf.algorithms.presets import PRESETS
@@ -31,9 +33,26 @@ class GRPORecipe(UserRun, GRPOTrainerConfig):
     """Directory of this run: checkpoints, metrics, and in the end the policy."""
 
 
+def train(recipe: GRPORecipe) -> None:
+    """GRPO on the user's model, prompts and rewards. `train` in ppo_rlhf.py shows what such a trainer does inside."""
+    rewards, tokenizer = recipe.rewards(), recipe.load_tokenizer()
+    trainer = GRPOTrainer(
+        recipe.policy,
+        rewards,
+        recipe.rows("dataset", tokenizer),
+        recipe.training(),
+        tokenizer=tokenizer,
+        eval_dataset=recipe.rows("eval_dataset", tokenizer),
+    )
+    trainer.train(resume=recipe.resume, overwrite=recipe.overwrite)
+    if trainer.distributed.is_main:
+        say_where(Path(recipe.output_dir) / "policy")
+
+
 def main(config: GRPORecipe) -> None:
+    transformers.utils.logging.disable_progress_bar()  # a run has its own
     if config.policy is not None:
-        train(config, GRPOTrainer)
+        train(config)
     else:
         import grpo_pipeline  # beside this file; it needs nothing that a user's own run needs
 

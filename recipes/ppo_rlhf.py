@@ -1,21 +1,51 @@
-"""PPO fine-tuning of a language model against a reward model or reward functions.
+"""PPO fine-tuning of a language model against a reward model or reward functions: the whole of RLHF in one `train`.
+
+What happens in a step:
+
+1. The engine takes the step's prompts and samples a completion of each with the present policy.
+2. The reward models and functions give every completion one score.
+3. Policy and reference read what was sampled: each token's reward is minus `kl_coef` times the log of policy over reference
+   there, and the last token's the score besides; the policy's value head guesses what reward is still to come.
+4. GAE makes of rewards and guesses an advantage per token, and a few epochs of minibatches make tokens of positive
+   advantage likelier and the others rarer, within the clip range, while the value head learns what reward did come.
+5. The engine gets the new weights, and the run writes metrics, completions and, every so many steps, a checkpoint.
 
     accelerate launch recipes/ppo_rlhf.py                                   # embedded data, offline, minutes on 2 cores
     accelerate launch recipes/ppo_rlhf.py --policy runs/sft --dataset prompts.jsonl \\
         --reward my_rewards.py:polite --output_dir runs/mine --learning_rate 1e-5
 
-Without `--policy` the whole of RLHF runs on embedded data (pipeline.py): SFT, reward model, PPO, evaluation.
+Without `--policy` the stages before run too, on embedded data (pipeline.py): SFT, reward model, PPO, evaluation.
 Every setting of rlhf/trainers/config.py works as `--name value` and in a YAML file given with `--config`.
 """
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from command import UserRun, embedded_by_default, train
+import transformers
+from command import UserRun, embedded_by_default, say_where
 
+from rlhf.algorithms.ppo import PPO
 from rlhf.commands.cli import run_command
+from rlhf.data.tokenization import require_pad_token
+from rlhf.distributed import Distributed
+from rlhf.models.export import save_policy
+from rlhf.models.loading import end_tokens, load_causal_lm
+from rlhf.models.policy import Policy, frozen_copy
+from rlhf.rewards.combine import Rewards
+from rlhf.rollout.in_process import InProcessEngine
+from rlhf.rollout.prompts import PromptSource, Sampler, evaluate
+from rlhf.rollout.sampled import with_advantages
+from rlhf.rollout.scoring import Scorer
+from rlhf.runs.reporting import StepBar
+from rlhf.runs.run import Run
+from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards
 from rlhf.trainers.config import PPOTrainerConfig
-from rlhf.trainers.ppo import PPOTrainer
+from rlhf.trainers.inputs import adamw, prompts_of, reward_of
+from rlhf.trainers.report import MUST_MATCH, POLICY_FOLDERS, description, first_check, identity
+from rlhf.training.learner import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +58,126 @@ class PPORecipe(UserRun, PPOTrainerConfig):
     """Directory of this run: checkpoints, metrics, and in the end the policy."""
 
 
+def train(recipe: PPORecipe) -> None:
+    """PPO on the user's model, prompts and rewards. `rlhf.PPOTrainer(...).train()` is the short way to the same bytes."""
+    config: PPOTrainerConfig = recipe.training()
+    folder, temperature = Path(config.output_dir), config.generation.temperature
+    distributed = Distributed(precision=config.precision, tracker=config.tracker, tracker_dir=str(folder / "tracker"))
+
+    # Prompts, as token ids; the seed decides their order.
+    tokenizer = recipe.load_tokenizer()
+    note = require_pad_token(tokenizer)
+    prompts = prompts_of(recipe.rows("dataset", tokenizer), tokenizer, config)
+    rows = recipe.rows("eval_dataset", tokenizer)
+    held_out = None if rows is None else prompts_of(rows, tokenizer, config, "eval_dataset")
+    check_batch_sizes(config, 1, held_out, distributed.world_size)
+
+    # Rewards: models and functions, as one weighted score per completion.
+    rewards = Rewards(
+        [reward_of(reward, tokenizer, distributed.device) for reward in recipe.rewards()],
+        weights=config.reward_weights,
+        timeout_s=config.reward_timeout_s,
+    )
+    check_rewards(rewards, prompts, held_out)
+
+    # The policy, with a value head, and the reference it must stay close to: a frozen copy of it as it is now.
+    lm = load_causal_lm(recipe.policy)
+    check_model(lm, tokenizer, config, prompts, held_out)
+    reference = frozen_copy(lm, temperature=temperature).to(distributed.device)
+    policy = Policy(lm, temperature=temperature, value_head=True).to(distributed.device)
+
+    # The source: the engine completes prompts, the rewards score them, the scorer adds log-probs and values.
+    engine = InProcessEngine(policy, distributed, completions_at_once=config.generation.completions_at_once)
+    sampler = Sampler(
+        engine=engine,
+        rewards=rewards,
+        tokenizer=tokenizer,
+        sampling=config.generation.sampling(end_tokens(lm, tokenizer.eos_token_id)),
+        seed=config.seed,
+        max_steps=config.total_steps,
+    )
+    scorer = Scorer(
+        policy=policy,
+        reference=reference,
+        microbatch_tokens=config.update.microbatch_tokens,
+        distributed=distributed,
+    )
+    source = PromptSource(
+        prompts,
+        sampler,
+        scorer,
+        distributed,
+        prompts_per_step=config.prompts_per_step,
+        missing_eos=config.missing_eos,
+        missing_eos_value=config.missing_eos_value,
+        log_completions=config.log_completions,
+    )
+
+    # The learner: trajectories in, new weights out.
+    ppo = PPO(config.ppo)
+    learner = Learner(
+        policy,
+        ppo,
+        partial(adamw, config),
+        config.update,
+        distributed,
+        seed=config.seed,
+        agreement=agreement_with(engine, lm),
+    )
+
+    # The run: its directory, log files, signals and checkpoints.
+    run = Run(
+        folder,
+        distributed,
+        description=identity(config, prompts, rewards.names, reference, ppo),
+        must_match=MUST_MATCH,
+        keep_checkpoints=config.keep_checkpoints,
+        writes=POLICY_FOLDERS,
+    )
+    run.open(resume=recipe.resume, overwrite=recipe.overwrite)
+    run.restore({"learner": learner, "source": source})
+    engine.sync(policy.weights, run.step)
+    run.say(*description(config, policy, prompts, held_out, rewards.names, distributed, completions_per_prompt=1), note)
+
+    first, total = run.step, config.total_steps
+    bar = StepBar(first_step=first, total_steps=total, hidden=not distributed.is_main)
+    with closing(run), run.training(bar):
+        while run.step < total and not run.stopping():
+            step = run.step
+            collected = source.collect(step)
+            learnt = learner.learn(
+                collected.trajectories,
+                step=step,
+                progress=step / total,
+                learning_rate=config.learning_rate_at(step),
+            )
+            engine.sync(policy.weights, step + 1)
+
+            metrics = {**collected.metrics, **learnt}
+            samples = collected.samples if config.is_due(config.log_completions_every, step) else []
+            if step == first:
+                run.say(first_check(learnt))
+            try:
+                if held_out is not None and config.is_due(config.eval_every, step):
+                    mine = distributed.share(len(held_out))
+                    _, scores = evaluate(held_out, mine, sampler, scorer, distributed, step=step)
+                    metrics |= {f"eval/{name}": value for name, value in scores.items()}
+            finally:  # a failing evaluation does not lose the step
+                run.log(metrics, with_advantages(samples, learner.first_advantages))
+            if config.is_due(config.checkpoint_every, step):
+                run.save()
+        run.finish()
+        if distributed.is_main:
+            save_policy(policy, tokenizer, folder / "policy")
+        distributed.barrier()
+    if distributed.is_main:
+        say_where(folder / "policy")
+
+
 def main(config: PPORecipe) -> None:
+    transformers.utils.logging.disable_progress_bar()  # a run has its own
     if config.policy is not None:
-        train(config, PPOTrainer)
+        train(config)
     else:
         import pipeline  # beside this file; it needs nothing that a user's own run needs
 

@@ -4,7 +4,8 @@ Weights are drawn with a large spread (initializer_range 0.5), so that distribut
 position, and a mistake of one position or one temperature moves log-probs by whole nats instead of hiding in rounding.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ PROMPTS = ["ab", "c", "defgh", "gha", "bbbbbbb"]
 
 def rows(prompts: Sequence[str] = PROMPTS) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "target": prompt[0]} for prompt in prompts]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """As JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def count_target(completions: Sequence[str], target: Sequence[str], **_: Any) -> list[float]:

@@ -199,10 +199,10 @@ class Run:
             return "nothing is saved"
         return f"step {self.saved_step} is saved: continue with resume (--resume) in {self.directory.path}"
 
-    def say(self, *lines: str) -> None:
+    def say(self, *lines: str | None) -> None:
         """Lines of the run's report, by the main process."""
         if self.distributed.is_main:
-            for line in lines:
+            for line in filter(None, lines):
                 say(line)
 
     # ---- the end ----

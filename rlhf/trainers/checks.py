@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from rlhf.data.prompts import PromptDataset
 from rlhf.errors import InputError
 from rlhf.models.loading import check_precision, check_vocabulary, end_tokens
+from rlhf.rewards.combine import Rewards
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.trainers.config import TrainerConfig
@@ -34,8 +35,14 @@ def check_batch_sizes(
         )
 
 
-def check_model(lm: PreTrainedModel, tokenizer: Any, config: TrainerConfig, longest_prompt: int) -> None:
-    """InputError if the model cannot be trained on these prompts. longest_prompt: in tokens."""
+def check_rewards(rewards: Rewards, *data: PromptDataset | None) -> None:
+    """InputError if a reward function needs a column that one of the data sets does not have."""
+    for prompts in filter(None, data):
+        rewards.check_columns(prompts[0].columns)
+
+
+def check_model(lm: PreTrainedModel, tokenizer: Any, config: TrainerConfig, *data: PromptDataset | None) -> None:
+    """InputError if the model cannot be trained on these prompts."""
     if not any(p.requires_grad for p in lm.parameters()):
         raise InputError(
             "policy: requires_grad is False for all of its weights, so that nothing but a value head would be trained. "
@@ -44,7 +51,7 @@ def check_model(lm: PreTrainedModel, tokenizer: Any, config: TrainerConfig, long
     check_vocabulary(lm, tokenizer)
     check_precision(lm)
     end_tokens(lm, tokenizer.eos_token_id)
-    longest = longest_prompt + config.generation.max_new_tokens
+    longest = max(prompts.longest for prompts in data if prompts) + config.generation.max_new_tokens
     limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise InputError(

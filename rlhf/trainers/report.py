@@ -16,6 +16,10 @@ MUST_MATCH = {"seed", "prompts_per_step", "dataset", "dataset_columns", "referen
 """Of `identity`, what a resumed run may not change: prompts, draws or objective would be others from there on."""
 
 
+POLICY_FOLDERS = ("policy", "policy.tmp")
+"""Where a run's owner leaves the trained policy, beside what `Run` writes."""
+
+
 def description(
     config: TrainerConfig,
     policy: Module,

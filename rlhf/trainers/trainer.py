@@ -23,10 +23,10 @@ from rlhf.rollout.scoring import Scorer
 from rlhf.runs.callbacks import Callback
 from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
-from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model
+from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards
 from rlhf.trainers.config import TrainerConfig
 from rlhf.trainers.inputs import Reward, Rows, adamw, as_list, prompts_of, reward_of, tokenizer_of
-from rlhf.trainers.report import MUST_MATCH, description, first_check, identity
+from rlhf.trainers.report import MUST_MATCH, POLICY_FOLDERS, description, first_check, identity
 from rlhf.training.learner import Learner
 from rlhf.training.source import Source
 
@@ -85,7 +85,7 @@ class Trainer:
         )
         self._check_rewards()
         lm = load_causal_lm(policy) if isinstance(policy, str) else policy
-        check_model(lm, self.tokenizer, config, max(data.longest for data in (self.data, self.eval_data) if data))
+        check_model(lm, self.tokenizer, config, self.data, self.eval_data)
         self._make_models(lm, reference, engine)
         prompts = self._make_source()
         self.source: Source = self._wrapped(prompts) if source is None else source(prompts)
@@ -96,7 +96,7 @@ class Trainer:
             must_match=MUST_MATCH,
             keep_checkpoints=config.keep_checkpoints,
             callbacks=callbacks,
-            writes=("policy", "policy.tmp"),
+            writes=POLICY_FOLDERS,
         )
         self.samples: list[dict[str, Any]] = []
         """The last step's lines of completions.jsonl."""
@@ -232,8 +232,7 @@ class Trainer:
     # ---- what the trainer of another algorithm may change ----
 
     def _check_rewards(self) -> None:
-        for data in filter(None, (self.data, self.eval_data)):
-            self.rewards.check_columns(data[0].columns)
+        check_rewards(self.rewards, self.data, self.eval_data)
 
     def _verdict(self) -> str | None:
         """The reward that says whether a completion is right."""
@@ -258,7 +257,7 @@ class Trainer:
             self.engine.sync(self.policy.weights, self.step)
             about = (self.config, self.policy, self.data, self.eval_data, self.rewards.names, self.distributed)
             per_prompt = self.algorithm.completions_per_prompt
-            self.run.say(*description(*about, completions_per_prompt=per_prompt), *filter(None, [self._note]))
+            self.run.say(*description(*about, completions_per_prompt=per_prompt), self._note)
         except BaseException:
             self.run.close()  # a refused run does not keep the directory locked
             raise

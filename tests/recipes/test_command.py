@@ -128,5 +128,5 @@ def test_a_split_is_the_part_of_the_data_that_is_read(command, user_files):
     inputs = {"policy": "x", "dataset": user_files / "rows.jsonl", "eval_dataset": user_files / "rows.jsonl"}
     inputs |= {"reward": "x.py:y", "prompt_column": "question", "dataset_split": "train[1:]", "eval_split": "test[:1]"}
     config = parse(RECIPES[command], [f"--{name}={value}" for name, value in inputs.items()])
-    assert config.prompts("dataset", tiny.tokenizer()).to_list() == [{"prompt": "cd", "answer": "e"}]
-    assert config.prompts("eval_dataset", tiny.tokenizer()).to_list() == [{"prompt": "ab", "answer": "c"}]
+    assert config.rows("dataset", tiny.tokenizer()).to_list() == [{"prompt": "cd", "answer": "e"}]
+    assert config.rows("eval_dataset", tiny.tokenizer()).to_list() == [{"prompt": "ab", "answer": "c"}]
