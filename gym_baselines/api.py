@@ -27,7 +27,7 @@ from rlhf.errors import InputError
 from rlhf.runs.callbacks import Callback
 
 
-class Learner:
+class Baseline:
     """An agent that learns. Use one of the subclasses."""
 
     algorithm: ClassVar[str]
@@ -133,16 +133,16 @@ class Learner:
                 f"{directory} was trained by {saved.algorithm}, not by {cls.algorithm}: load it with the class of that "
                 "name, or with Agent.load to use it only."
             )
-        learner = cls.__new__(cls)
-        learner.config = with_settings(saved, **settings)
-        if learner.config.network != saved.network:
+        baseline = cls.__new__(cls)
+        baseline.config = with_settings(saved, **settings)
+        if baseline.config.network != saved.network:
             raise InputError(
-                f"A saved agent keeps its networks: {learner.config.network} was asked for, {saved.network} was saved. "
+                f"A saved agent keeps its networks: {baseline.config.network} was asked for, {saved.network} was saved. "
                 "Train a new agent instead."
             )
-        learner._env, learner._features = env or agent.env, features
-        learner._training, learner.agent = None, agent
-        return learner
+        baseline._env, baseline._features = env or agent.env, features
+        baseline._training, baseline.agent = None, agent
+        return baseline
 
     def close(self) -> None:
         """Close the environments; the agent can still predict."""
@@ -156,31 +156,31 @@ class Learner:
         return self.agent
 
 
-class PPO(Learner):
+class PPO(Baseline):
     """Proximal policy optimisation, clipped; with penalty_coef and surrogate="unclipped", PPO-Penalty."""
 
     algorithm = "ppo"
 
 
-class PPOPenalty(Learner):
+class PPOPenalty(Baseline):
     """PPO with an adaptive penalty on KL(old || policy) in place of the clip."""
 
     algorithm = "ppo_penalty"
 
 
-class A2C(Learner):
+class A2C(Baseline):
     """Advantage actor-critic, synchronous: PPO with one epoch over the whole rollout."""
 
     algorithm = "a2c"
 
 
-class Reinforce(Learner):
+class Reinforce(Baseline):
     """REINFORCE on whole episodes, with a learnt baseline or (baseline="none") without."""
 
     algorithm = "reinforce"
 
 
-class TRPO(Learner):
+class TRPO(Baseline):
     """Trust region policy optimisation."""
 
     algorithm = "trpo"

@@ -218,8 +218,8 @@ class PPO(Algorithm):
         """KL(old || policy) per element: exact where the policy can tell, else k3, whose gradient is unbiased here."""
         if outputs.kl is not None:
             return outputs.kl
-        lr = log_ratio(outputs.logprobs, batch.old_logprobs, batch.mask)
-        return kl_estimate(-lr, torch.zeros_like(lr), "k3")
+        log_ratios = log_ratio(outputs.logprobs, batch.old_logprobs, batch.mask)
+        return kl_estimate(-log_ratios, torch.zeros_like(log_ratios), "k3")
 
     @torch.no_grad()
     def _report(
@@ -233,11 +233,14 @@ class PPO(Algorithm):
         """The loss and its metrics: token means, and each term's share of the minibatch, counted by its rows' share."""
         mask = batch.weightings["policy"].weight != 0
         count = mask.sum()
-        lr = log_ratio(outputs.logprobs, batch.old_logprobs, mask)  # 0 outside the mask, where all of these vanish
-        low, high = clipped_elements(lr.exp(), batch.advantages, **bounds)
-        k3 = kl_estimate(-lr, torch.zeros_like(lr), "k3")  # samples of the old policy: KL(old || policy)
+        # 0 outside the mask, where all of these vanish; samples of the old policy, so this is KL(old || policy).
+        log_ratios = log_ratio(outputs.logprobs, batch.old_logprobs, mask)
+        low, high = clipped_elements(log_ratios.exp(), batch.advantages, **bounds)
+        k3 = kl_estimate(-log_ratios, torch.zeros_like(log_ratios), "k3")
         names = ("policy_kl", "policy_kl_k1", "clip_fraction_low", "clip_fraction_high")
-        sums = torch.stack([k3, -lr, low.to(lr.dtype), high.to(lr.dtype)]).sum((1, 2)).unbind()  # one reduction for all
+        sums = (
+            torch.stack([k3, -log_ratios, low.to(k3.dtype), high.to(k3.dtype)]).sum((1, 2)).unbind()
+        )  # one reduction for all
         terms = {name: (value, count) for name, value in zip(names, sums, strict=True)}
         shares: dict[int, Tensor] = {}
         for name, part in parts.items():

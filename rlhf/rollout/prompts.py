@@ -11,7 +11,7 @@ from rlhf.distributed import Distributed
 from rlhf.rewards.combine import Rewards, completion_texts
 from rlhf.rollout.engine import Key, Request, RolloutEngine, Sampling
 from rlhf.rollout.episode import single_turn
-from rlhf.rollout.sampled import MissingEOS, Sampled, final_scores, length_metrics, lines, nothing, rollout_metrics
+from rlhf.rollout.sampled import MissingEOS, Sampled, final_scores, length_metrics, lines, no_episodes, rollout_metrics
 from rlhf.rollout.scoring import Scorer
 from rlhf.runs.checkpoint import Saved
 from rlhf.training.source import Collected
@@ -47,7 +47,7 @@ class Sampler:
         drawn_as: the step that names the draws, if it is another one.
         """
         if not prompts:
-            return nothing(self.rewards.names)
+            return no_episodes(self.rewards.names)
         drawn = step if drawn_as is None else drawn_as
         requests = [
             Request(prompt.ids, Key(self.seed, stream, drawn, slot, copy))

@@ -48,7 +48,7 @@ class Sampled:
         )
 
 
-def nothing(reward_names: Sequence[str]) -> Sampled:
+def no_episodes(reward_names: Sequence[str]) -> Sampled:
     """What a process without a prompt has."""
     rewards = RewardResult(scores=[], per_function={name: [] for name in reward_names}, totals={})
     return Sampled(prompts=[], row_index=[], episodes=[], rewards=rewards)

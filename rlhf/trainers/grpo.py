@@ -1,15 +1,15 @@
 """GRPO on language models: groups of completions in place of a value model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rlhf.algorithms.grpo import GRPO
 from rlhf.errors import InputError
 from rlhf.rollout.groups import DynamicSampling
 from rlhf.rollout.prompts import PromptSource
-from rlhf.trainers.config import GRPOTrainerConfig
-from rlhf.trainers.inputs import as_list
+from rlhf.trainers.config import GRPOTrainerConfig, TrainerConfig
+from rlhf.trainers.inputs import Reward
 from rlhf.trainers.trainer import Trainer
 from rlhf.training.source import Source
 from rlhf.verifiers import soft_overlong_punishment
@@ -42,18 +42,22 @@ class GRPOTrainer(Trainer):
     }
     """Names that users of GRPO trainers know, in files, trackers and callbacks."""
 
-    def __init__(self, policy: Any, rewards: Any, dataset: Any, config: GRPOTrainerConfig, **options: Any) -> None:
-        grpo, rewards = config.grpo.with_length(config.generation.max_new_tokens), as_list(rewards)
-        if grpo.overlong_buffer_tokens:
-            weights = [1.0] * len(rewards) if config.reward_weights is None else config.reward_weights
-            if len(weights) != len(rewards):
-                raise InputError(f"reward_weights={weights}: give one number for each of {len(rewards)} rewards.")
-            config = replace(config, reward_weights=[*weights, 1.0])
-            rewards = [
-                *rewards,
-                soft_overlong_punishment(config.generation.max_new_tokens, grpo.overlong_buffer_tokens),
-            ]
-        super().__init__(GRPO(grpo), policy, rewards, dataset, config, **options)
+    def make_algorithm(self) -> GRPO:
+        return GRPO(self.config.grpo.with_length(self.config.generation.max_new_tokens))
+
+    def _with_own_rewards(
+        self, rewards: Sequence[Reward], config: TrainerConfig
+    ) -> tuple[Sequence[Reward], TrainerConfig]:
+        """DAPO's overlong punishment is a reward function like the user's, with weight 1."""
+        assert isinstance(config, GRPOTrainerConfig)
+        length, buffer = config.generation.max_new_tokens, config.grpo.overlong_buffer_tokens
+        if not buffer:
+            return rewards, config
+        weights = [1.0] * len(rewards) if config.reward_weights is None else config.reward_weights
+        if len(weights) != len(rewards):
+            raise InputError(f"reward_weights={weights}: give one number for each of {len(rewards)} rewards.")
+        rewards = [*rewards, soft_overlong_punishment(length, buffer)]
+        return rewards, replace(config, reward_weights=[*weights, 1.0])
 
     def _check_rewards(self) -> None:
         super()._check_rewards()

@@ -1,7 +1,5 @@
 """PPO on language models."""
 
-from typing import Any
-
 from rlhf.algorithms.ppo import PPO
 from rlhf.trainers.config import PPOTrainerConfig
 from rlhf.trainers.trainer import Trainer
@@ -12,5 +10,5 @@ class PPOTrainer(Trainer):
 
     config: PPOTrainerConfig
 
-    def __init__(self, policy: Any, rewards: Any, dataset: Any, config: PPOTrainerConfig, **options: Any) -> None:
-        super().__init__(PPO(config.ppo), policy, rewards, dataset, config, **options)
+    def make_algorithm(self) -> PPO:
+        return PPO(self.config.ppo)

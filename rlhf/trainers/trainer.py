@@ -32,7 +32,7 @@ from rlhf.training.source import Source
 
 
 class Trainer:
-    """Trains a causal LM against rewards with any `Algorithm`."""
+    """Trains a causal LM against rewards with any `Algorithm`: a subclass says with which one (`make_algorithm`)."""
 
     allow_unscored = False
     """Whether a completion may stay without a score; algorithms that need one for each refuse it."""
@@ -41,7 +41,6 @@ class Trainer:
 
     def __init__(
         self,
-        algorithm: Algorithm,
         policy: str | PreTrainedModel,
         rewards: Reward | Sequence[Reward],
         dataset: Rows,
@@ -66,7 +65,9 @@ class Trainer:
             engine: who samples; by default the policy itself.
             source: makes the source of trajectories from that of the data set's prompts, which is taken by default.
         """
-        self.algorithm, self.config = algorithm, config
+        rewards, config = self._with_own_rewards(as_list(rewards), config)
+        self.config = config
+        self.algorithm = self.make_algorithm()
         self.distributed = Distributed(
             precision=config.precision, tracker=config.tracker, tracker_dir=str(Path(config.output_dir) / "tracker")
         )
@@ -77,9 +78,9 @@ class Trainer:
         self.eval_data = None
         if eval_dataset is not None:
             self.eval_data = prompts_of(eval_dataset, self.tokenizer, config, "eval_dataset")
-        check_batch_sizes(config, algorithm.completions_per_prompt, self.eval_data, self.distributed.world_size)
+        check_batch_sizes(config, self.algorithm.completions_per_prompt, self.eval_data, self.distributed.world_size)
         self.rewards = Rewards(
-            [reward_of(reward, self.tokenizer, self.distributed.device) for reward in as_list(rewards)],
+            [reward_of(reward, self.tokenizer, self.distributed.device) for reward in rewards],
             weights=config.reward_weights,
             timeout_s=config.reward_timeout_s,
         )
@@ -92,7 +93,7 @@ class Trainer:
         self.run = Run(
             config.output_dir,
             self.distributed,
-            description=identity(config, self.data, self.rewards.names, self.reference, algorithm),
+            description=identity(config, self.data, self.rewards.names, self.reference, self.algorithm),
             must_match=MUST_MATCH,
             keep_checkpoints=config.keep_checkpoints,
             callbacks=callbacks,
@@ -230,6 +231,16 @@ class Trainer:
         self.run.should_stop = value
 
     # ---- what the trainer of another algorithm may change ----
+
+    def make_algorithm(self) -> Algorithm:
+        """The algorithm that `config` asks for."""
+        raise NotImplementedError
+
+    def _with_own_rewards(
+        self, rewards: Sequence[Reward], config: TrainerConfig
+    ) -> tuple[Sequence[Reward], TrainerConfig]:
+        """The user's rewards with those that settings ask for, and the settings with their weights."""
+        return rewards, config
 
     def _check_rewards(self) -> None:
         check_rewards(self.rewards, self.data, self.eval_data)
