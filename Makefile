@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help ppo grpo cartpole test test-slow bench bench-control figures lint clean
+.PHONY: help ppo grpo cartpole test test-slow test-isa test-python gpu bench bench-control figures lint clean
 
 help:
 	@echo "make ppo        fine-tune a small language model with PPO against a learnt reward model (offline, minutes)"
 	@echo "make grpo       teach a small language model to add with GRPO and a verifiable reward (offline, minutes)"
 	@echo "make cartpole   the same PPO balances CartPole (a minute or two)"
 	@echo "make test       the tests        make test-slow   the long ones       make lint    ruff and mypy"
+	@echo "make test-isa   the tests that compare floats, with the instructions of other CPUs (20 minutes)"
+	@echo "make test-python  the tests with Python 3.11, 3.12, 3.13 (where installed) and with the oldest packages (an hour)"
+	@echo "make gpu        what a GPU may get wrong, its speed and memory; PYTHON=... names a Python with torch (minutes)"
 	@echo "make bench      the figures of the README    make bench-control   those of docs/control.md (hours)"
 	@echo "make figures    the plots of docs/control.md (an hour)"
 
@@ -33,6 +36,15 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+test-isa: $(READY)
+	$(BIN)/python -m tests.any_cpu $(ARGS)
+
+test-python: $(READY)
+	$(BIN)/python -m tests.pythons $(ARGS)
+
+gpu:  # with the packages that PYTHON has: no virtual environment, no network
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -57,4 +69,4 @@ figures: $(READY)
 	for name in clip-objective step-size gae-lambda penalty vector-envs; do $(BIN)/python -m gym_baselines plot $$name || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venvs build dist *.egg-info

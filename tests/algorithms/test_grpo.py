@@ -279,8 +279,8 @@ def test_which_placement_of_the_kl_rests_at_the_optimum(name):
     config = GRPOConfig(**WITH_KL, **PLACEMENTS[name])
     at_optimum = expected_gradient(config, PROBLEM.best_logits(), PROBLEM.rewards).abs().max()
     at_k3 = expected_gradient(config, logits_for(fixed_point_of_k3(PROBLEM)), PROBLEM.rewards).abs().max()
-    assert at_optimum < 1e-12 if name in AT_OPTIMUM else at_optimum > 1e-3
-    assert at_k3 < 1e-10 if name == "sequence k3" else at_k3 > 1e-3
+    assert at_optimum == pytest.approx(0, abs=1e-12) if name in AT_OPTIMUM else at_optimum > 1e-3
+    assert at_k3 == pytest.approx(0, abs=1e-10) if name == "sequence k3" else at_k3 > 1e-3
 
 
 def test_at_the_optimum_every_advantage_of_rloo_is_exactly_zero():

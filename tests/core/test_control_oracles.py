@@ -388,7 +388,7 @@ class Tabular(nn.Module):
 
 def all_episodes(mdp: MDP, critic: Tensor | None = None) -> tuple[Trajectories, Episodes]:
     played = enumerate_episodes(mdp, mdp.start.unsqueeze(1) * mdp.pi, steps=100)
-    assert abs(float(played.weight.sum()) - 1) < 1e-12
+    assert float(played.weight.sum()) == pytest.approx(1, abs=1e-12)
     logprobs = mdp.logits.log_softmax(-1)[played.states, played.actions]
     critic = torch.zeros(len(mdp.P), dtype=F64) if critic is None else critic
     trajectories = Trajectories(

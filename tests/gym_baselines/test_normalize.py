@@ -228,4 +228,4 @@ def test_a_large_mean_does_not_drown_the_variance():
         scale(given, local_sum)
         directly += given.rewards[given.mask].tolist()
     wanted = np.var(np.array(directly, dtype=np.longdouble))
-    assert abs(float(scale.moments[2] / scale.moments[0]) / float(wanted) - 1) < 1e-9
+    assert float(scale.moments[2] / scale.moments[0]) == pytest.approx(float(wanted), rel=1e-9)

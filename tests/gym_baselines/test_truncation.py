@@ -62,7 +62,7 @@ def late_rollouts(mode, horizon):
 @pytest.mark.parametrize("mode", MODES)
 def test_with_the_exact_value_function_every_advantage_at_a_time_limit_is_zero(mode, horizon):
     played = late_rollouts(mode, horizon)
-    assert max(largest_advantage(trajectories) for trajectories in played) < 1e-10
+    assert max(largest_advantage(trajectories) for trajectories in played) == pytest.approx(0, abs=1e-10)
     assert sum(int(trajectories.episode_ends.sum()) for trajectories in played) > 10
     assert not any(trajectories.terminated.any() for trajectories in played)
 
@@ -93,7 +93,7 @@ def test_a_mistake_after_a_reset_does_not_reach_the_episode_before(mode, horizon
         for played in rollouts(lambda: Clock(late_reward, limit=horizon), value, mode, lengths=LENGTHS):
             advantages = all_advantages(played, estimator)
             first = played.mask & (played.inputs["observations"][..., 0] == 0)
-            assert np.abs(advantages[~first]).max(initial=0.0) < 1e-10
+            assert np.abs(advantages[~first]).max(initial=0.0) == pytest.approx(0, abs=1e-10)
             np.testing.assert_allclose(advantages[first], -1.0, atol=1e-10)
 
     check(gae)
@@ -146,7 +146,7 @@ def test_a_self_loop_cut_after_fifty_steps_has_no_advantage(mode):
 
     def check(estimator):
         (played,) = rollouts(lambda: Clock(limit=50), lambda t: torch.full_like(t, 100.0), mode, lengths=(120,))
-        assert np.abs(all_advantages(played, estimator, gamma=0.99)).max() < 1e-10
+        assert np.abs(all_advantages(played, estimator, gamma=0.99)).max() == pytest.approx(0, abs=1e-10)
 
     check(gae)
     refute(check, gae_takes_truncation_for_termination)
@@ -162,7 +162,7 @@ def test_nothing_is_bootstrapped_after_a_termination(mode, limit):
         return torch.where(t >= 4, 1e6, (1 - GAMMA ** (4 - t)) / (1 - GAMMA))
 
     played = rollouts(lambda: Clock(death=4, limit=limit), value, mode, lengths=LENGTHS)
-    assert max(largest_advantage(trajectories) for trajectories in played) < 1e-10
+    assert max(largest_advantage(trajectories) for trajectories in played) == pytest.approx(0, abs=1e-10)
     assert all((trajectories.terminated == trajectories.episode_ends).all() for trajectories in played)
 
 

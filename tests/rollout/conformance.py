@@ -18,6 +18,7 @@ from rlhf.rollout.episode import single_turn
 from rlhf.training.weights import named_tensors
 from tests import tiny
 from tests.rollout.episodes import score
+from tests.rounding import EPS
 
 PROMPTS = tiny.sequences(4, seed=3, longest=9)
 SAMPLED = Sampling(max_new_tokens=5, temperature=0.7, end_ids=(tiny.EOS, 5))
@@ -37,7 +38,7 @@ def assert_equal(engine: RolloutEngine, got: Sequence[Completion], wanted: Seque
     for one, other in zip(got, wanted, strict=True):
         assert (one.ids, one.ended, one.versions) == (other.ids, other.ended, other.versions)
         assert one.logprobs == pytest.approx(
-            other.logprobs, abs=1e-5 if engine.promises.exact else engine.promises.logprob_gap
+            other.logprobs, abs=512 * EPS if engine.promises.exact else engine.promises.logprob_gap
         )
 
 
