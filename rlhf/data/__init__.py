@@ -1,1 +1,1 @@
-"""Files and hub data sets -> rows -> token ids."""
+"""Data sets: reads rows from files or the hub and turns them into token ids."""

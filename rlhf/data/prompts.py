@@ -1,13 +1,14 @@
-"""Data sets: from rows to prompts, completions and preference pairs as token ids.
+"""Prompts of a data set as token ids, in the order in which training visits them.
 
-Formats, each with plain strings or with conversations (lists of `{"role", "content"}` messages):
+Row formats, each with plain strings or with conversations (lists of `{"role", "content"}` messages):
 
-    prompt-only        prompt                     (or messages: what comes before a final assistant turn)
+    prompt-only        prompt                     (or messages: those before a final assistant turn)
     prompt-completion  prompt, completion         (or messages: the final assistant turn is the completion)
     preference         prompt, chosen, rejected   (without prompt: the messages that both conversations begin with)
 
 All other columns stay with their prompt and reach the reward functions. Rows are counted from 0 in every message.
-`load_rows` (rows.py) reads files, directories and the hub; how text becomes ids is in tokenization.py.
+`load_rows` (rows.py) reads files, directories and the hub; tokenization.py turns text into ids; supervised.py tokenises
+completions and preference pairs.
 """
 
 import hashlib
@@ -18,12 +19,12 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset
 
 from rlhf.core.random import DATA_ORDER, permutation
 from rlhf.data.rows import (
     Row,
     RowProblems,
+    Table,
     checked,
     prompt_reader,
 )
@@ -38,8 +39,8 @@ TooLong = Literal["error", "drop", "truncate_left"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `ids`: what the policy is given, without padding. `prompt`: what the user wrote, also where `ids` is
-    cut; reward functions see this. `columns`: the row's other columns, for example a reference answer."""
+    """One prompt. `ids`: the policy's input, without padding. `prompt`: what the user wrote, even if `ids` is cut;
+    reward functions get this. `columns`: the row's other columns, for example a reference answer."""
 
     ids: list[int]
     prompt: Text
@@ -49,15 +50,18 @@ class Prompt:
 class PromptDataset:
     """Prompts as token ids, and the order in which training visits them. Made by `PromptDataset.build`."""
 
-    def __init__(self, rows: Dataset, kept: list[int], ids: list[list[int]], truncated: int, setting: str) -> None:
-        self._rows, self._kept, self._ids = rows, kept, ids
+    def __init__(self, rows: Table, kept: list[int], ids: list[list[int]], truncated: int, setting: str) -> None:
+        self._rows = rows
+        self._kept = kept
+        self._ids = ids
         self._source, self._read = prompt_reader(rows.column_names, setting)
-        self.dropped, self.truncated = len(rows) - len(kept), truncated
+        self.dropped = len(rows) - len(kept)
+        self.truncated = truncated
 
     @classmethod
     def build(
         cls,
-        rows: Dataset,
+        rows: Table,
         tokenizer: Any,
         *,
         max_prompt_tokens: int,
@@ -66,17 +70,25 @@ class PromptDataset:
     ) -> "PromptDataset":
         """Checks and tokenises every prompt now, so that no bad row stops a run later.
 
-        prompt_too_long: what happens to a prompt of more than `max_prompt_tokens` (BOS and template included):
-        "error"; "drop" the row; "truncate_left" cuts the beginning of plain text (BOS stays), and of a conversation
-        drops whole leading turns, up to the next user turn, keeping the system message. Template tokens are never cut.
-        InputError for empty, None and non-text prompts, with their row numbers.
+        Args:
+            rows: the data set, in one of the formats above.
+            tokenizer: the policy's tokenizer.
+            max_prompt_tokens: length limit of a prompt, BOS and template included.
+            prompt_too_long: for a longer prompt, "error" raises InputError; "drop" drops its row; "truncate_left" cuts
+                the beginning of plain text (BOS stays), and drops the first turns of a conversation, up to a user turn
+                (system messages stay). Template tokens are never cut.
+            setting: the name of the data set in messages.
+
+        Raises:
+            InputError: prompts are empty, None or not text (names their rows), too long, or none is left.
         """
         if max_prompt_tokens < 1 or prompt_too_long not in ("error", "drop", "truncate_left"):
             raise InputError(
                 f"max_prompt_tokens={max_prompt_tokens}, prompt_too_long={prompt_too_long!r}: use at least 1 token and "
                 "one of error, drop, truncate_left."
             )
-        rows, encoder = checked(rows, setting), Encoder(tokenizer)
+        rows = checked(rows, setting)
+        encoder = Encoder(tokenizer)
         prompts, ids = _encode_prompts(rows, encoder, setting)
         long = [i for i, tokens in enumerate(ids) if len(tokens) > max_prompt_tokens]
         if prompt_too_long == "error":
@@ -102,7 +114,7 @@ class PromptDataset:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Length of the longest prompt, in tokens."""
         return max(map(len, self._ids))
 
     @property
@@ -115,7 +127,7 @@ class PromptDataset:
 
     @property
     def content_fingerprint(self) -> str:
-        """SHA-256 over what reward functions are given: the prompts as they were written, and all other columns."""
+        """SHA-256 over what reward functions get: the prompts as they were written, and all other columns."""
         digest = hashlib.sha256()
         for i in range(len(self)):
             prompt = self[i]
@@ -124,10 +136,10 @@ class PromptDataset:
         return digest.hexdigest()
 
     def step_indices(self, cursor: int, count: int, seed: int) -> list[int]:
-        """Which prompts fill the `count` slots that follow the first `cursor` ones of the run.
+        """Indices of the prompts at positions `cursor` to `cursor + count - 1` of the run.
 
         Position p lies in epoch p // len, and each epoch is its own permutation of all prompts: a pure function of
-        (seed, p), so that there is no state to save and it does not matter how steps or processes share the slots.
+        (seed, p), so that there is no state to save and it does not matter how steps or processes share the positions.
         """
         if cursor < 0 or count < 0:
             raise ValueError(f"cursor and count must not be negative, got {cursor} and {count}")
@@ -140,8 +152,8 @@ def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
     return permutation(size, seed, DATA_ORDER, epoch).tolist()
 
 
-def _encode_prompts(rows: Dataset, encoder: Encoder, setting: str) -> tuple[list[Text], list[list[int]]]:
-    """All prompts and their ids; InputError names the rows that are empty, no text, or refused by the template."""
+def _encode_prompts(rows: Table, encoder: Encoder, setting: str) -> tuple[list[Text], list[list[int]]]:
+    """All prompts and their ids; InputError names the rows that are empty, not text, or refused by the template."""
     _, read = prompt_reader(rows.column_names, setting)
     problems = RowProblems(setting, "prompts", len(rows))
     prompts, texts = [], []
@@ -178,12 +190,13 @@ def _refuse_long(ids: list[list[int]], long: list[int], limit: int, setting: str
 def _truncate(
     ids: list[list[int]], prompts: list[Text], long: list[int], encoder: Encoder, limit: int, setting: str
 ) -> None:
-    """Shortens the prompts `long` in `ids` to at most `limit` tokens, from the left."""
+    """Cuts the ids of the prompts with indices `long` to at most `limit` tokens, from the left, in place."""
     problems = RowProblems(
         setting, "prompts", len(ids), f"Raise max_prompt_tokens={limit} or set prompt_too_long=drop."
     )
     for i in long:
-        prompt, prefix = prompts[i], encoder.prefix
+        prompt = prompts[i]
+        prefix = encoder.prefix
         if isinstance(prompt, list):
             candidates = (encoder.prompts([messages])[0] for messages in _shorter(prompt))
             shorter = next((tokens for tokens in candidates if len(tokens) <= limit), [])
@@ -196,12 +209,9 @@ def _truncate(
 
 
 def _shorter(messages: list[Message]) -> Iterator[list[Message]]:
-    """The conversation without its first turns, then without more of them; system messages stay, a user turn leads."""
+    """Ever shorter versions of the conversation: system messages, then its turns from a later user turn on."""
     system = [message for message in messages if message["role"] == "system"]
     turns = [message for message in messages if message["role"] != "system"]
     for start in range(1, len(turns)):
         if turns[start]["role"] == "user":
             yield system + turns[start:]
-
-
-# --- completions to imitate, pairs to compare ---

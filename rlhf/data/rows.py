@@ -1,32 +1,77 @@
-"""Rows of a data set: where they are read from, which columns hold what, and how bad rows are reported."""
+"""Reads the rows of a data set, finds prompts and completions in their columns, and reports bad rows."""
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf.data.tokenization import clean, text_problem
 from rlhf.errors import InputError, excerpt
+
+if TYPE_CHECKING:  # imported late, where files are read: it takes seconds, and lists of rows do without it
+    from datasets import Dataset
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 Row = dict[str, Any]
 
 
+class Table(Protocol):
+    """Rows with named columns: a `datasets.Dataset`, or `ListRows`."""
+
+    @property
+    def column_names(self) -> list[str]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Row: ...
+    def __iter__(self) -> Iterator[Row]: ...
+
+
+class ListRows:
+    """A `Table` made from a list of mappings. Rows are copied when they come in and when they are handed out; a column
+    that a row lacks is None there."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], setting: str) -> None:
+        self._rows: list[Row] = []
+        for index, row in enumerate(rows):
+            where = f"{setting}: row {index} (counted from 0)"
+            if not isinstance(row, Mapping):
+                raise InputError(
+                    f"{where} is of type {type(row).__name__}. Give each row as a mapping from columns to values, such as "
+                    '{"prompt": "..."}.'
+                )
+            try:
+                self._rows.append(deepcopy(dict(row)))
+            except Exception as error:
+                raise InputError(
+                    f"{where} cannot be copied: {error}. Give plain values: text, numbers, lists."
+                ) from error
+        self.column_names = list(dict.fromkeys(name for row in self._rows for name in row))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        row = self._rows[index]
+        return {name: deepcopy(row.get(name)) for name in self.column_names}
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+
 # --- reading ---
 
 
-def load_rows(path_or_name: str | Path, split: str = "train", setting: str = "dataset") -> Dataset:
+def load_rows(path_or_name: str | Path, split: str = "train", setting: str = "dataset") -> "Dataset":
     """The rows of a .jsonl, .json, .parquet or .csv file, of a directory (of such files, or from `save_to_disk`) or of
     a hub data set (`owner/name`, or `owner/name:configuration`).
 
-    split: which part of a directory or hub data set; a file is all one part. Slices such as "train[:100]" work too.
-    Only data is read, never code. InputError, naming `setting`, if there is nothing to read or no row in it.
+    split: the split of a directory or hub data set; all of a file is one split. Slices such as "train[:100]" work too.
+    Only data is read; no code is run. InputError, naming `setting`, if there is nothing to read or no row in it.
     """
-    name, where = str(path_or_name), f"{setting}={str(path_or_name)!r}"
+    name = str(path_or_name)
+    where = f"{setting}={name!r}"
     path = Path(name).expanduser()
     try:
         if path.is_dir():
@@ -43,14 +88,16 @@ def load_rows(path_or_name: str | Path, split: str = "train", setting: str = "da
     return checked(rows, f"{where}, split {split!r},")
 
 
-def checked(rows: Dataset, where: str) -> Dataset:
-    """The rows as plain Python values; InputError if there is none."""
+def checked(rows: Any, where: str) -> Any:
+    """The rows as plain Python values; InputError if there are none."""
     if len(rows) == 0:
         raise InputError(f"{where} has no rows. Give a data set with at least one row.")
-    return rows.with_format(None)
+    return rows if isinstance(rows, ListRows) else rows.with_format(None)
 
 
-def _load_file(path: Path, split: str, where: str) -> Dataset:
+def _load_file(path: Path, split: str, where: str) -> "Dataset":
+    from datasets import load_dataset
+
     if path.suffix not in FILE_TYPES:
         raise InputError(f"{where} has the unknown file type {path.suffix!r}. Use one of {', '.join(FILE_TYPES)}.")
     if path.stat().st_size == 0:
@@ -58,10 +105,13 @@ def _load_file(path: Path, split: str, where: str) -> Dataset:
     return load_dataset(FILE_TYPES[path.suffix], data_files={_part_name(split): str(path)}, split=split)
 
 
-def _load_directory(path: Path, split: str, where: str) -> Dataset:
+def _load_directory(path: Path, split: str, where: str) -> "Dataset":
+    from datasets import DatasetDict, ReadInstruction, load_dataset, load_from_disk
+
     if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         return load_dataset(str(path), split=split)
-    loaded, part = load_from_disk(str(path)), _part_name(split)
+    loaded = load_from_disk(str(path))
+    part = _part_name(split)
     if isinstance(loaded, DatasetDict):
         if part not in loaded:
             raise InputError(f"{where} has no split {split!r}. It has {', '.join(loaded)}: choose one of these.")
@@ -73,28 +123,30 @@ def _load_directory(path: Path, split: str, where: str) -> Dataset:
 
 
 def _part_name(split: str) -> str:
-    """ "train" of "train[:100]"."""
+    """The split's name without a slice: "train" for "train[:100]"."""
     found = re.match(r"\w+", split)
     return found[0] if found else "train"
 
 
-def _load_from_hub(name: str, split: str, where: str) -> Dataset:
-    """A name counts as a hub name only if it cannot have been meant as a path: then a typing error costs no look-up."""
+def _load_from_hub(name: str, split: str, where: str) -> "Dataset":
+    """Loads the hub data set `name`; a name that looks like a mistyped path is refused without a look-up."""
     like_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", name) and Path(name).suffix not in FILE_TYPES
     if not like_hub or Path(name).parent.is_dir():
         raise InputError(f"{where} does not exist. Give a file, a directory or a hub data set as owner/name.")
+    from datasets import load_dataset
+
     repository, _, configuration = name.partition(":")
     try:
         return load_dataset(repository, configuration or None, split=split)
     except Exception as error:
         raise InputError(
-            f"{where} is no file or directory here, and as a hub data set it cannot be loaded: {error}. "
+            f"{where} is not a file or directory here, and it cannot be loaded as a hub data set: {error}. "
             "Check the spelling and the network, or download it and give its path."
         ) from error
 
 
 def _bad_line(path: Path) -> str:
-    """Where a JSON-lines file stops being one: the reader itself only knows the place inside its block."""
+    """Names the first bad line of a .jsonl file: the reader's own error gives only the place inside its block."""
     if path.suffix != ".jsonl":
         return ""
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -113,7 +165,7 @@ def _bad_line(path: Path) -> str:
 def require_columns(
     columns: Sequence[str], choices: Sequence[tuple[str, ...]], setting: str, purpose: str
 ) -> tuple[str, ...]:
-    """The first choice whose columns are all there; InputError lists required and found ones and the closest match."""
+    """The first choice whose columns all exist; InputError lists required and found columns and the closest match."""
     for choice in choices:
         if set(choice) <= set(columns):
             return choice
@@ -128,7 +180,7 @@ def require_columns(
 
 
 def prompt_reader(columns: Sequence[str], setting: str) -> tuple[str | None, Callable[[Row], Any]]:
-    """The function that reads the prompt from a row, and the column that holds nothing else (None: there is none)."""
+    """The column that holds nothing but the prompt (None: there is none), and a function that reads a row's prompt."""
     choice = require_columns(columns, [("prompt",), ("messages",), ("chosen", "rejected")], setting, "a set of prompts")
     if choice == ("prompt",):
         return "prompt", lambda row: clean(row["prompt"])
@@ -137,11 +189,15 @@ def prompt_reader(columns: Sequence[str], setting: str) -> tuple[str | None, Cal
     return None, lambda row: split_pair(clean(row["chosen"]), clean(row["rejected"]))[0]
 
 
-def prompt_rows(rows: Dataset, column: str, system_prompt: str | None, *, chat: bool, setting: str) -> Dataset:
-    """The rows with their prompts in the column "prompt"; as conversations if `chat` or if there is a system prompt.
+def prompt_rows(rows: "Dataset", column: str, system_prompt: str | None, *, chat: bool, setting: str) -> "Dataset":
+    """The rows with their prompts in the column "prompt".
 
-    column: where they are; "prompt" also finds "messages". One of another name makes room for it, and loses a final
-    assistant turn, which is an answer. system_prompt: takes the place of a system turn that is there.
+    Args:
+        column: the column that holds the prompts; "prompt" also finds "messages". A column of another name replaces any
+            "prompt"; its conversations lose a final assistant turn, which is an answer.
+        system_prompt: becomes the first message, in place of a system message that is there already.
+        chat: plain text becomes a user message; so it does with a system prompt.
+        setting: the name of the data set in messages.
     """
     if column == "prompt" and system_prompt is None:
         return rows
@@ -172,7 +228,7 @@ def prompt_rows(rows: Dataset, column: str, system_prompt: str | None, *, chat: 
 
 
 def before_answer(messages: Any) -> Any:
-    """The messages up to a final assistant turn, all of them if there is none."""
+    """The messages without a final assistant turn."""
     if not isinstance(messages, list) or text_problem(messages) or messages[-1]["role"] != "assistant":
         return messages
     return messages[:-1]
@@ -190,16 +246,16 @@ def completion_row(row: Row) -> tuple[Any, Any]:
 
 
 def preference_row(row: Row) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected completion. A conversation that holds its prompt already is split by itself."""
+    """Prompt, chosen and rejected completion. Conversations that contain the prompt are split, see `split_pair`."""
     prompt, chosen, rejected = (clean(row.get(name)) for name in ("prompt", "chosen", "rejected"))
     holds_prompt = isinstance(chosen, list) and not text_problem(chosen) and chosen[0]["role"] != "assistant"
     return split_pair(chosen, rejected) if prompt is None or holds_prompt else (prompt, chosen, rejected)
 
 
 def split_pair(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected completion without a prompt column: conversations share their first messages.
+    """Prompt, chosen and rejected completion without a prompt column: the prompt is the first messages that both share.
 
-    Plain texts are compared as wholes, with an empty prompt.
+    Plain texts are whole completions of an empty prompt.
     """
     if problem := text_problem(chosen) or text_problem(rejected):
         raise InputError(problem)
@@ -217,10 +273,13 @@ def split_pair(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 class RowProblems:
-    """Collects what is wrong with rows; `check` reports it in one InputError: kinds, first rows of each, counts."""
+    """Collects problems of rows; `check` reports them in one InputError, by kind, with first rows and counts."""
 
     def __init__(self, setting: str, what: str, num_rows: int, remedy: str = "Repair or remove these rows.") -> None:
-        self.setting, self.what, self.num_rows, self.remedy = setting, what, num_rows, remedy
+        self.setting = setting
+        self.what = what
+        self.num_rows = num_rows
+        self.remedy = remedy
         self.rows: dict[str, list[int]] = {}
 
     def add(self, row: int, problem: str) -> None:

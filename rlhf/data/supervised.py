@@ -1,19 +1,20 @@
-"""Rows for the supervised stages as token ids: completions to imitate, pairs to compare."""
+"""Tokenises rows for the supervised stages: completions for fine-tuning, preference pairs for reward models."""
 
 import logging
 from collections.abc import Callable
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from rlhf.data.rows import Row, RowProblems, checked, completion_row, preference_row, require_columns
 from rlhf.data.tokenization import Encoder, text_problem
 from rlhf.errors import InputError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 logger = logging.getLogger(__name__)
 
 
-def tokenize_completions(rows: Dataset, tokenizer: Any, *, max_tokens: int, setting: str = "dataset") -> Dataset:
+def tokenize_completions(rows: "Dataset", tokenizer: Any, *, max_tokens: int, setting: str = "dataset") -> "Dataset":
     """For supervised fine-tuning: `input_ids` (prompt, completion, one EOS) and `labels`, which are -100 on the prompt.
 
     Rows longer than `max_tokens` are dropped and counted in a warning; InputError if none is left.
@@ -27,7 +28,7 @@ def tokenize_completions(rows: Dataset, tokenizer: Any, *, max_tokens: int, sett
     return _within(lines, max_tokens, setting)
 
 
-def tokenize_preferences(rows: Dataset, tokenizer: Any, *, max_tokens: int, setting: str = "dataset") -> Dataset:
+def tokenize_preferences(rows: "Dataset", tokenizer: Any, *, max_tokens: int, setting: str = "dataset") -> "Dataset":
     """For reward models: `chosen_ids` and `rejected_ids`, each prompt, completion and one EOS.
 
     Pairs with a side longer than `max_tokens` are dropped and counted in a warning; InputError if none is left.
@@ -39,10 +40,11 @@ def tokenize_preferences(rows: Dataset, tokenizer: Any, *, max_tokens: int, sett
 
 
 def _encode_rows(
-    rows: Dataset, tokenizer: Any, read: Callable[[Row], tuple[Any, ...]], setting: str
+    rows: "Dataset", tokenizer: Any, read: Callable[[Row], tuple[Any, ...]], setting: str
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """Per row, (prompt ids, completion ids) for each of the completions that `read` returns after the prompt."""
-    rows, encoder = checked(rows, setting), Encoder(tokenizer)
+    """For each row, (prompt ids, completion ids) of each completion that `read` returns after the prompt."""
+    rows = checked(rows, setting)
+    encoder = Encoder(tokenizer)
     problems = RowProblems(setting, "rows", len(rows))
     encoded: list[list[tuple[list[int], list[int]]]] = []
     for i, row in enumerate(rows):
@@ -59,7 +61,7 @@ def _encode_rows(
     return encoded
 
 
-def _within(lines: list[dict[str, list[int]]], max_tokens: int, setting: str) -> Dataset:
+def _within(lines: list[dict[str, list[int]]], max_tokens: int, setting: str) -> "Dataset":
     sizes = [max(map(len, line.values())) for line in lines]
     kept = [line for line, size in zip(lines, sizes, strict=True) if size <= max_tokens]
     if not kept:
@@ -70,4 +72,6 @@ def _within(lines: list[dict[str, list[int]]], max_tokens: int, setting: str) ->
     if len(kept) < len(lines):
         dropped = len(lines) - len(kept)
         logger.warning("%s: dropped %d of %d rows longer than %d tokens", setting, dropped, len(lines), max_tokens)
+    from datasets import Dataset
+
     return Dataset.from_list(kept)

@@ -1,8 +1,8 @@
-"""Text to token ids, in one way for every use: prompts to sample from, completions to imitate, pairs to compare.
+"""Turns text into token ids, in the same way for sampling, supervised fine-tuning and reward models.
 
-A prompt's ids are always the beginning of the ids of prompt + completion, so what a model is trained on is what it will
-be asked to continue. Plain text (`str`) is tokenised prompt and completion apart; a conversation (list of `{"role",
-"content"}` messages) goes through the tokenizer's chat template.
+A prompt's ids are always the beginning of the ids of prompt + completion, so that a model is trained on the prompts
+that it will be asked to continue. Prompt and completion in plain text (`str`) are tokenised separately; a conversation
+(list of `{"role", "content"}` messages) goes through the tokenizer's chat template.
 """
 
 from collections.abc import Mapping
@@ -36,13 +36,13 @@ class Encoder:
         return self._render(prompt, add_generation_prompt=not prefilled, continue_final_message=prefilled)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each whole text, with one BOS where there should be one."""
+        """Ids of each whole text, with one BOS if the tokenizer uses BOS."""
         return [self._with_bos(ids) for ids in self._encode(texts)]
 
     def pair(self, prompt: Text, completion: Text, *, ended: bool = True) -> tuple[list[int], list[int]]:
-        """Ids of a prompt and of its completion; the completion ends with EOS once, or without EOS if not `ended`.
+        """Ids of a prompt and of its completion; the completion ends with one EOS, or with none if not `ended`.
 
-        InputError if the chat template writes the conversation differently once the answer is there.
+        InputError if the chat template writes the prompt differently when the answer follows.
         """
         if isinstance(prompt, str) and isinstance(completion, str):
             prompt_ids, completion_ids = self.prompts([prompt])[0], self._encode([completion])[0]
@@ -64,10 +64,11 @@ class Encoder:
         prompt_ids, whole_ids = self.encode([before, whole])
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, whole_ids[len(prompt_ids) :]
-        return prompt_ids, self._encode([whole[len(before) :]])[0]  # a token would join both: the model cannot emit it
+        # A token would span the border, which sampling cannot produce: the rest is tokenised separately.
+        return prompt_ids, self._encode([whole[len(before) :]])[0]
 
     def _finish(self, ids: list[int], ended: bool) -> list[int]:
-        """Ends in exactly one EOS, whether the text had none, one, or one and the template's line feed after it."""
+        """`ids` with exactly one EOS at the end (none if not `ended`), also if a template adds a newline after it."""
         eos = self.tokenizer.eos_token_id
         if eos in ids:
             end = len(ids) - ids[::-1].index(eos)
@@ -85,7 +86,7 @@ class Encoder:
             )
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # templates raise what they like, for instance when roles do not alternate
+        except Exception as error:  # templates raise any exception, for instance when roles do not alternate
             raise InputError(f"the chat template refused {excerpt(messages)}: {error}. Repair the messages.") from error
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -104,9 +105,9 @@ class Encoder:
 
 
 def require_pad_token(tokenizer: Any) -> str | None:
-    """Makes sure of an EOS (InputError without one) and of a pad token; returns a note to print if pad was borrowed.
+    """Requires an EOS token (else InputError); if there is no pad token, makes EOS the pad token and returns a note.
 
-    Masks are made from lengths everywhere, so pad = EOS changes no number.
+    Masks come from lengths everywhere, so that pad = EOS changes no result.
     """
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -116,11 +117,11 @@ def require_pad_token(tokenizer: Any) -> str | None:
     if tokenizer.pad_token_id is not None:
         return None
     tokenizer.pad_token = tokenizer.eos_token
-    return f"the tokenizer has no pad token: {tokenizer.eos_token!r} (EOS) pads too; masks come from lengths"
+    return f"the tokenizer has no pad token: {tokenizer.eos_token!r} (EOS) is used for padding; masks come from lengths"
 
 
 def text_problem(text: Any) -> str | None:
-    """What is wrong with a prompt or completion, said so that it can follow "row 3: ", or None."""
+    """The problem with a prompt or completion, worded to follow "row 3: "; None if there is none."""
     if isinstance(text, str):
         return None
     if not isinstance(text, list):
@@ -137,7 +138,7 @@ def text_problem(text: Any) -> str | None:
 
 
 def clean(text: Any) -> Any:
-    """The text as its author wrote it: columns of messages come back with None for every key a message lacks."""
+    """Messages without keys that are None: a data set returns None for every key that a message lacks."""
     if not isinstance(text, list):
         return text
     return [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in text]
@@ -147,7 +148,7 @@ def _special_prefix(tokenizer: Any) -> list[int]:
     """The special tokens, usually BOS or none, that the tokenizer itself puts before a text."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
-    if not plain:  # a vocabulary without the letter
+    if not plain:  # the vocabulary lacks the letter
         return [token for token in full[:1] if token == tokenizer.bos_token_id]
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:

@@ -1,11 +1,12 @@
-"""A run's output directory: its lock, its checkpoints (written beside and renamed into place), and which one to resume.
+"""A run's output directory: its lock, its checkpoints, and which one to resume from.
 
-    OUTPUT_DIR/RUN.json                  says that the directory belongs to a run of this toolkit
+    OUTPUT_DIR/RUN.json                  marks the directory as that of a run of this toolkit
               /.lock                     locked while a process trains here
               /metrics.jsonl, times.jsonl
               /checkpoints/step-000123/  see checkpoint.py
 
-A process may be killed anywhere: what `latest` finds then is the checkpoint before or the one after, whole.
+A checkpoint is written under a temporary name and renamed into place. So whenever a process is killed, `latest` finds
+an intact checkpoint: the previous one or the new one.
 """
 
 import fcntl
@@ -40,7 +41,7 @@ from rlhf.runs.jsonlines import COMPLETIONS_FILE, METRICS_FILE, TIMES_FILE
 
 RUN_FILE = "RUN.json"
 RUN_NAMES = ("checkpoints", METRICS_FILE, TIMES_FILE, COMPLETIONS_FILE)
-"""What a run writes in its directory: must not be there before it, unless a run of ours wrote them."""
+"""Files and folders that a run writes in its directory. They must not exist before, unless a former run wrote them."""
 _RUN_MARK = b'{"format": "rlhf-toolkit run", "version": 1}\n'
 
 
@@ -48,7 +49,8 @@ _OPEN: weakref.WeakSet["RunDirectory"] = weakref.WeakSet()
 
 
 def _leave_locks() -> None:
-    """A forked copy of this process (a reward function's, say) does not keep the run's directory locked after its end."""
+    """In a forked child process (of a reward function, for example), close the lock file: otherwise the child would keep
+    the directory locked after the run ends."""
     for directory in list(_OPEN):
         directory.close()
 
@@ -57,7 +59,7 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 
 class RunDirectory:
-    """One run's output directory. Every process makes one and calls `open` and `save`; only the main one writes."""
+    """One run's output directory. Every process creates one, calls `open` and `save`; only the main process writes."""
 
     def __init__(
         self,
@@ -68,31 +70,49 @@ class RunDirectory:
         keep: int | None = 2,
         others: Sequence[str] = (),
     ) -> None:
-        """barrier: waits for all processes. keep: how many of the newest checkpoints stay; None: all. others: names of
-        files and folders that the run writes besides `RUN_NAMES`, and that belong to it alike."""
+        """
+        Args:
+            path: the output directory.
+            is_main: whether this process writes.
+            barrier: waits for all processes.
+            keep: number of newest checkpoints to keep; None keeps all.
+            others: names of further files and folders that the run writes, treated like `RUN_NAMES`.
+        """
         self.names = (*RUN_NAMES, *others)
         if keep is not None and keep < 1:
             raise InputError(f"The number of checkpoints to keep must be at least 1 (or null for all), got {keep}.")
-        self.path, self.checkpoints = Path(path), Path(path) / "checkpoints"
-        self.is_main, self.barrier, self.keep = is_main, barrier, keep
+        self.path = Path(path)
+        self.checkpoints = Path(path) / "checkpoints"
+        self.is_main = is_main
+        self.barrier = barrier
+        self.keep = keep
         self._lock: int | None = None
 
-    def open(self, resume: bool | str = False, overwrite: bool = False) -> Checkpoint | None:
-        """Claim the directory; the checkpoint to continue from, or None to start at step 0. All processes call it.
+    def open(
+        self,
+        resume: bool | str = False,
+        overwrite: bool = False,
+        *,
+        accept: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    ) -> Checkpoint | None:
+        """Claim the directory. Returns the checkpoint to continue from; None: start at step 0. All processes call it.
 
         resume: True for the newest good checkpoint here (None if the run died before its first), or the path of a
-        checkpoint or run. overwrite: delete what a former run of ours left here.
-        Raises InputError, with nothing of the user's changed, if the directory cannot be used that way.
+        checkpoint or a run. overwrite: delete the files of a former run here. accept: called with the checkpoint before
+        anything is deleted; raises InputError if it is of another run.
+        Raises InputError, without changing any of the user's files, if the directory cannot be used that way.
         """
         if isinstance(resume, str) and Path(resume).resolve() == self.path.resolve():
             resume = True
         try:
+            checkpoint = self.load(resume) if isinstance(resume, str) else None
+            if checkpoint is not None:
+                accept(checkpoint)
             if self.is_main:
                 self._claim(resume, overwrite)
             self.barrier()
-            checkpoint = None
-            if resume:
-                checkpoint = self.latest() if resume is True else self.load(resume)
+            if resume is True and (checkpoint := self.latest()) is not None:
+                accept(checkpoint)
             start = checkpoint.step if checkpoint else -1
             later = [path for step, path in self._steps().items() if step > start]
             if later and isinstance(resume, str) and not overwrite:
@@ -102,7 +122,7 @@ class RunDirectory:
                 )
             self.barrier()
             for path in later if self.is_main else ():
-                discard(path) if isinstance(resume, str) else set_aside(path)  # the latter are damaged: evidence
+                discard(path) if isinstance(resume, str) else set_aside(path)  # damaged ones are kept as evidence
             self.barrier()
         except OSError as error:
             self.close()
@@ -113,7 +133,7 @@ class RunDirectory:
         return checkpoint
 
     def close(self) -> None:
-        """Give the lock back; the end of the process does it too."""
+        """Release the lock. The end of the process releases it too."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -141,10 +161,8 @@ class RunDirectory:
                 f"{where} already holds a run. Continue it with resume, choose another output_dir, or replace it with "
                 "overwrite."
             )
-        if overwrite and isinstance(resume, str):
-            self.load(resume)  # a bad path must fail before anything is deleted
         if overwrite and not inside:
-            for path in self._steps().values():  # oldest first: if killed here, what is left is still a whole run
+            for path in self._steps().values():  # oldest first: if killed here, the newest checkpoint remains
                 discard(path)
             for file in written:
                 file.unlink()
@@ -168,7 +186,7 @@ class RunDirectory:
         _OPEN.add(self)
 
     def _steps(self) -> dict[int, Path]:
-        """Step -> directory, oldest first. Other names (`best`, `step-11.tmp`) and links are no checkpoints."""
+        """Step -> checkpoint directory, oldest first. Ignores other names (`best`, `step-11.tmp`) and links."""
         entries = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         matches = [
             (STEP_NAME.fullmatch(path.name), path) for path in entries if path.is_dir() and not path.is_symlink()
@@ -177,7 +195,7 @@ class RunDirectory:
         return dict(sorted(steps.items()))
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies, with a warning for each newer one that does not; None if there are none.
+        """The newest intact checkpoint, or None if there are no checkpoints. Warns of newer ones that are damaged.
 
         Raises InputError if all are damaged.
         """
@@ -193,12 +211,12 @@ class RunDirectory:
             return checkpoint
         if problems:
             raise InputError(
-                f"No checkpoint in {self.checkpoints} is good: {'; '.join(problems)}. Start anew with overwrite."
+                f"All checkpoints in {self.checkpoints} are damaged: {'; '.join(problems)}. Start over with overwrite."
             )
         return None
 
     def load(self, which: str | Path | int | None = None) -> Checkpoint:
-        """The checkpoint of a step, or at a path (its own directory or a run's); None: the newest good one."""
+        """The checkpoint of a step (int) or at a path (its directory, or a run's); None: the newest intact one here."""
         path = self.checkpoints / step_name(which) if isinstance(which, int) else Path(which or self.path).resolve()
         if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
             return read_checkpoint(path)
@@ -215,22 +233,22 @@ class RunDirectory:
         *,
         config: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write the checkpoint of `step`; it exists, whole and on the disk, when this returns. All processes call it.
+        """Write the checkpoint of `step` and flush it to disk before returning. All processes call it.
 
-        tensors: group -> name -> tensor, one file per group. state: what JSON gives back unchanged. config: kept in the
-        manifest, for `check_resumable`.
-        Raises TrainingError naming the path (disk full, ...); earlier checkpoints are untouched.
+        tensors: group -> name -> tensor, one file per group. state: must survive a round trip through JSON. config:
+        stored in the manifest, for `check_resumable`.
+        Raises TrainingError naming the path (disk full, ...); earlier checkpoints stay untouched.
         """
         final = self.checkpoints / step_name(step)
         temporary = final.with_name(f"{final.name}.tmp")
         text = json.dumps(state, sort_keys=True, indent=1)
         if json.loads(text) != state:
-            raise TrainingError(f"The state of step {step} would not come back from JSON as it is: {text[:200]}")
+            raise TrainingError(f"The state of step {step} does not survive a round trip through JSON: {text[:200]}")
         try:
             if self.is_main:
                 assert self._lock is not None, "open the run directory first"
                 if final.exists():
-                    raise FileExistsError("there is one of this step already")
+                    raise FileExistsError("a checkpoint of this step already exists")
                 write_files(beside(final), step, tensors, text)
                 seal(temporary, step, config or {})
             self.barrier()
@@ -239,9 +257,9 @@ class RunDirectory:
                 fsync(self.checkpoints)
         except (OSError, SafetensorError) as error:
             if self.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)  # gives a full disk its space back
+                shutil.rmtree(temporary, ignore_errors=True)  # free space on a full disk
             raise TrainingError(
-                f"The checkpoint {final} was not written: {error}. Earlier ones are whole: free space or correct the "
+                f"The checkpoint {final} was not written: {error}. Earlier ones are whole: free disk space or fix the "
                 "path, then resume."
             ) from error
         if self.is_main:
@@ -250,7 +268,7 @@ class RunDirectory:
         return final
 
     def _prune(self) -> None:
-        """Delete all but the newest checkpoints; a failure costs disk space only, so it does not stop the run."""
+        """Delete all but the newest checkpoints. A failure costs only disk space, so it does not stop the run."""
         for path in list(self._steps().values())[: -self.keep] if self.keep else ():
             try:
                 discard(path)

@@ -1,4 +1,4 @@
-"""One run: its directory, log files and tracker, its callbacks, its signals, its checkpoints, and how it goes on.
+"""One run: its directory, logs, tracker, callbacks, signals and checkpoints, and how it resumes.
 
     run = Run(output_dir, distributed, description=settings, must_match={"seed"}, callbacks=[...])
     run.open(resume=True)                                        # claims the directory
@@ -6,11 +6,11 @@
     with run.training():
         while run.step < total_steps and not run.stopping():
             ...                                                  # collect, learn
-            run.log(metrics, samples)                            # the step is done: run.step is one higher
-            run.save()                                           # every so many steps
+            run.log(metrics, samples)                            # ends the step: run.step grows by one
+            run.save()                                           # every few steps
         run.finish()
 
-Language models and control tasks use this same object; what each of them saves is a mapping of named parts.
+Language models and control tasks both use this class; each saves its own named parts.
 """
 
 import time
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError
 from rlhf.runs.callbacks import Callback
 from rlhf.runs.checkpoint import Checkpoint, Part
 from rlhf.runs.directory import RunDirectory
@@ -34,7 +33,7 @@ from rlhf.runs.signals import Interrupted, Signals, waiting_signals
 
 
 class Run:
-    """Every process of a run makes one; only the main one writes. With `output_dir` None nothing is written at all."""
+    """One training run. Every process creates one; only the main process writes. `output_dir` None: write nothing."""
 
     def __init__(
         self,
@@ -48,17 +47,28 @@ class Run:
         writes: Sequence[str] = (),
         tracker: str = "rlhf",
     ) -> None:
-        """description: settings and fingerprints, kept in checkpoints. must_match: those that a resumed run must share.
-
-        keep_checkpoints: how many of the newest stay; None: all. writes: names of files and folders in output_dir that the
-        run's owner writes. tracker: the run's name in a tracker, if `distributed` has one.
         """
-        self.distributed, self.callbacks = distributed, list(callbacks)
-        self.description, self.must_match, self._tracker = description, must_match, tracker
-        self.step = self.saved_step = 0
-        """Steps that are done, and that are in a checkpoint."""
+        Args:
+            output_dir: the run's directory, or None.
+            distributed: the process group.
+            description: settings and fingerprints, stored in checkpoints.
+            must_match: names in `description` that must be equal when a run is resumed.
+            keep_checkpoints: number of newest checkpoints to keep; None keeps all.
+            callbacks: hooks to call during the run.
+            writes: names of further files and folders in output_dir that the caller writes.
+            tracker: the run's name in the tracker, if `distributed` has one.
+        """
+        self.distributed = distributed
+        self.callbacks = list(callbacks)
+        self.description = description
+        self.must_match = must_match
+        self._tracker = tracker
+        self.step = 0
+        """Number of completed steps."""
+        self.saved_step = 0
+        """Number of completed steps in the newest checkpoint."""
         self.should_stop = False
-        """A callback's wish to end after the current step."""
+        """Set by a callback to end the run after the current step."""
         self.directory: RunDirectory | None = None
         if output_dir is not None:
             self.directory = RunDirectory(
@@ -81,19 +91,19 @@ class Run:
     def open(self, *, resume: bool | str = False, overwrite: bool = False) -> None:
         """Claim the directory and find the checkpoint to continue from, if any. All processes call it.
 
-        resume: True for the newest whole checkpoint here, or the path of one (or of a run). overwrite: replace the run that
-        the directory holds. InputError if that is refused, or if the checkpoint belongs to a run with other settings; the
-        directory is then as before, and free.
+        resume: True for the newest intact checkpoint here, or the path of a checkpoint or a run. overwrite: replace the
+        run in the directory. Raises InputError if the directory cannot be used that way, or if the checkpoint belongs to
+        a run with other settings; the directory is then as before, and unlocked.
         """
         if self.directory is None:
             return
-        checkpoint = self.directory.open(resume, overwrite)
+        changed: list[str] = []
+
+        def accept(checkpoint: Checkpoint) -> None:
+            changed.extend(check_resumable(checkpoint.config, self.description, must_match=self.must_match))
+
+        checkpoint = self.directory.open(resume, overwrite, accept=accept)
         if checkpoint is not None:
-            try:
-                changed = check_resumable(checkpoint.config, self.description, must_match=self.must_match)
-            except InputError:
-                self.close()
-                raise
             self.say(f"resumed from {checkpoint.path}", *[f"changed since: {note}" for note in changed])
         self.step = self.saved_step = checkpoint.step if checkpoint else 0
         self._checkpoint = checkpoint
@@ -104,8 +114,10 @@ class Run:
         return self._checkpoint is not None
 
     def restore(self, parts: Mapping[str, Part]) -> None:
-        """What the run is made of, by name: from now on `save` saves these, and they continue from the checkpoint that
-        `open` found. InputError, and the directory is free again, if it is of other parts."""
+        """Register the parts that `save` saves, by name, and load them from the checkpoint that `open` found, if any.
+
+        Raises InputError, and unlocks the directory, if the checkpoint lacks one of the parts.
+        """
         checkpoint, self._checkpoint = self._checkpoint, None
         self._parts = parts
         if checkpoint is None:
@@ -119,8 +131,9 @@ class Run:
 
     @contextmanager
     def training(self, display: Display | None = None) -> Iterator[None]:
-        """Around the loop: logs and tracker are open, and Ctrl-C and SIGTERM wait for the end of a step (a second one does
-        not). If an error ends the loop, the steps that are done are saved first."""
+        """Context of the training loop. Opens logs and tracker, and delays Ctrl-C and SIGTERM to the end of the step (a
+        second signal interrupts at once). If an error ends the loop, saves the completed steps first (one process only).
+        """
         self.should_stop = False
         self._display = display or Display()
         try:
@@ -137,11 +150,12 @@ class Run:
     # ---- step by step ----
 
     def stopping(self) -> bool:
-        """Whether to end here: a callback of some process wants it, or a signal came. All processes call it alike."""
+        """Whether to end the run now: a callback on any process asked for it, or a signal came. All processes call this
+        and get the same answer."""
         return self._on_any(self.should_stop or self._signals.number is not None)
 
     def log(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]] = ()) -> None:
-        """The step is done: one line of metrics and one of seconds, one line per sample, the bar and the tracker."""
+        """End the step: log metrics, seconds and samples, and update the progress bar and the tracker."""
         unknown = unknown_names(metrics)
         assert not unknown, f"add {unknown} to the table in rlhf/runs/metrics.py"
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
@@ -157,17 +171,17 @@ class Run:
         self.step += 1
 
     def notify(self, hook: str, *arguments: Any) -> None:
-        """Call `hook` of every callback; each is handed copies of dictionaries."""
+        """Call the method `hook` of every callback; each gets its own copy of dictionary arguments."""
         for callback in self.callbacks:
             getattr(callback, hook)(*[dict(a) if isinstance(a, dict) else a for a in arguments])
 
     def save(self) -> None:
-        """A checkpoint of the steps that are done; nothing if there is one. All processes call it, between two steps."""
+        """Write a checkpoint of the completed steps, unless there is one. All processes call it, between two steps."""
         saved = self._save()
-        assert saved, "a checkpoint is written between two steps"
+        assert saved, "save() may only be called between two steps"
 
     def _save(self) -> bool:
-        """Whether the parts are those after the steps that are done, and so are saved."""
+        """Save all parts. Returns False, and saves nothing, if a part is in the middle of a step."""
         if self.directory is None or self.saved_step == self.step:
             return True
         states = {name: part.state(self.step) for name, part in self._parts.items()}
@@ -177,30 +191,30 @@ class Run:
         for file in self._files():
             file.sync()
         tensors = [group for saved in parts.values() for group in saved.tensors.items()]
-        assert len(dict(tensors)) == len(tensors), "two parts save tensors under one name"
+        assert len(dict(tensors)) == len(tensors), "two parts save tensors under the same name"
         values = {name: saved.values for name, saved in parts.items()}
         self.directory.save(self.step, dict(tensors), values, config=self.description)
         self.saved_step = self.step
         return True
 
     def finish(self) -> None:
-        """After the last step: what is not saved yet is. Raises Interrupted if a signal ended the loop."""
+        """Call after the last step. Saves the completed steps; raises Interrupted if a signal ended the loop."""
         self.save()
         if self._on_any(self._signals.number is not None):
             self.say(f"interrupted: {self.saved}")
             raise Interrupted(self._signals.number or 2)
 
-    # ---- telling ----
+    # ---- messages ----
 
     @property
     def saved(self) -> str:
-        """What is left of the run if it ends now, for the user."""
+        """Message for the user: which step is saved if the run ends now."""
         if self.directory is None or not self.saved_step:
             return "nothing is saved"
         return f"step {self.saved_step} is saved: continue with resume (--resume) in {self.directory.path}"
 
     def say(self, *lines: str | None) -> None:
-        """Lines of the run's report, by the main process."""
+        """Print lines of the run's report on the main process; None and empty lines are skipped."""
         if self.distributed.is_main:
             for line in filter(None, lines):
                 say(line)
@@ -208,24 +222,24 @@ class Run:
     # ---- the end ----
 
     def close(self) -> None:
-        """Give the directory back."""
+        """Release the directory's lock."""
         if self.directory is not None:
             self.directory.close()
 
     def _on_any(self, answer: bool) -> bool:
-        """Whether some process says so: then all do the same."""
+        """Whether `answer` is True on any process; the same result on all."""
         return bool(self.distributed.all_sum(torch.tensor(float(answer))) > 0)
 
     def _rescue(self) -> None:
-        """After an error: the steps that are done are not lost. With several processes the others may be elsewhere, and a
-        checkpoint needs all of them."""
+        """After an error, save the completed steps. Not with several processes: a checkpoint needs all of them, and they
+        may be at different points."""
         if self.distributed.world_size > 1 or self.directory is None or self.step == self.saved_step:
             return
         if self._save():
             self.say(f"stopped; {self.saved}")
 
     def _open_logs(self) -> None:
-        """Continues the files where this run begins: later lines, of one that was interrupted, are cut."""
+        """Open the logs, and delete lines of steps that this run will repeat (left by an interrupted run)."""
         self.distributed.start_tracking(self._tracker, self.description)
         if self.directory is not None and self.distributed.is_main:
             self._metrics = MetricsWriter(self.directory.path)

@@ -1,15 +1,14 @@
-"""What users give a trainer, in all its forms, as the parts take it."""
+"""Converts what users pass to a trainer (paths, rows, objects) to the objects that it works with."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset
 from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.prompts import PromptDataset
-from rlhf.data.rows import load_rows
+from rlhf.data.rows import ListRows, Table, load_rows
 from rlhf.errors import InputError
 from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.model import RewardModel
@@ -17,8 +16,8 @@ from rlhf.trainers.config import TrainerConfig
 
 Reward: TypeAlias = str | Callable[..., Any]
 """A reward function, a `RewardModel`, or the path of one."""
-Rows: TypeAlias = str | Dataset | Sequence[Mapping[str, Any]]
-"""A path or hub name, a data set, or a list of rows."""
+Rows: TypeAlias = str | Table | Sequence[Mapping[str, Any]]
+"""A path or hub name, a `datasets.Dataset`, or a list of rows."""
 
 
 def as_list(rewards: Reward | Sequence[Reward]) -> list[Reward]:
@@ -29,7 +28,7 @@ def as_list(rewards: Reward | Sequence[Reward]) -> list[Reward]:
 def tokenizer_of(
     tokenizer: str | PreTrainedTokenizerBase | None, policy: str | PreTrainedModel
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given, or the one beside the policy."""
+    """The given tokenizer, or by default the one saved with the policy."""
     if tokenizer is None:
         if not isinstance(policy, str):
             raise InputError("tokenizer: a policy given as a module needs its tokenizer too.")
@@ -38,7 +37,7 @@ def tokenizer_of(
 
 
 def reward_of(reward: Reward, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Callable[..., Any]:
-    """A function that scores the completions of a policy with this tokenizer."""
+    """The reward as a function that scores completions of a policy with this tokenizer; a path is loaded."""
     if isinstance(reward, RewardModel):
         return reward.for_policy(tokenizer)
     if not isinstance(reward, str):
@@ -50,12 +49,13 @@ def prompts_of(
     dataset: Rows, tokenizer: PreTrainedTokenizerBase, config: TrainerConfig, setting: str = "dataset"
 ) -> PromptDataset:
     """The prompts as token ids, checked; `setting` names them in errors."""
+    rows: Any = dataset
     if isinstance(dataset, str):
-        dataset = load_rows(dataset, setting=setting)
-    elif not isinstance(dataset, Dataset):
-        dataset = Dataset.from_list([dict(row) for row in dataset])
+        rows = load_rows(dataset, setting=setting)
+    elif not hasattr(dataset, "column_names"):
+        rows = ListRows(dataset, setting)
     return PromptDataset.build(
-        dataset,
+        rows,
         tokenizer,
         max_prompt_tokens=config.max_prompt_tokens,
         prompt_too_long=config.prompt_too_long,
@@ -64,6 +64,6 @@ def prompts_of(
 
 
 def adamw(config: TrainerConfig, policy: Module) -> torch.optim.Optimizer:
-    """AdamW over what is trained; eps as in the control presets and in N+ (arXiv 2403.17031, appendix)."""
+    """AdamW over the trainable parameters; eps as in the control presets and in N+ (arXiv 2403.17031, appendix)."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=config.weight_decay)

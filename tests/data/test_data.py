@@ -11,9 +11,8 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data import rows as rows_module
 from rlhf.data.prompts import PromptDataset
-from rlhf.data.rows import load_rows
+from rlhf.data.rows import ListRows, load_rows
 from rlhf.data.supervised import tokenize_completions, tokenize_preferences
 from rlhf.data.tokenization import require_pad_token
 from rlhf.errors import InputError
@@ -131,7 +130,7 @@ def test_a_hub_name_that_cannot_be_reached_is_an_input_error(monkeypatch):
         asked.append((args, options))
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr(rows_module, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(InputError) as error:
         load_rows("someone/prompts:main", "test", setting="dataset")
     assert_says(error, "dataset='someone/prompts:main'", "Couldn't reach the Hub", "network")
@@ -140,9 +139,46 @@ def test_a_hub_name_that_cannot_be_reached_is_an_input_error(monkeypatch):
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "./data/prompts", "/data/prompts", "~/data", "a/b/c", "typo"])
 def test_what_can_only_be_a_path_is_never_looked_up_on_the_hub(monkeypatch, name):
-    monkeypatch.setattr(rows_module, "load_dataset", lambda *args, **options: pytest.fail("asked the hub"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match="does not exist"):
         load_rows(name)
+
+
+# --- rows given as a list ---
+
+LISTED = [{"prompt": "a b", "n": [1, 2], "extra": {"k": 3}}, {"prompt": "c"}, {"n": None, "prompt": "d e"}]
+
+
+def test_a_list_of_rows_is_what_a_dataset_of_them_is():
+    given, wanted = (prompts_of(rows) for rows in (ListRows(LISTED, "dataset"), Dataset.from_list(LISTED)))
+    assert [given[i] for i in range(3)] == [wanted[i] for i in range(3)]
+    assert given.fingerprint == wanted.fingerprint and given.content_fingerprint == wanted.content_fingerprint
+
+
+def test_a_column_that_only_a_later_row_of_a_list_has_is_none_in_the_others():
+    assert prompts_of(ListRows(LISTED[::-1], "dataset"))[0].columns == {"n": None, "extra": None}
+
+
+def test_rows_of_a_list_are_copied_when_they_come_in_and_when_they_are_handed_out():
+    mine = [{"prompt": "a", "n": [1]}]
+    prompts = prompts_of(ListRows(mine, "dataset"))
+    mine[0]["n"].append(2)
+    prompts[0].columns["n"].append(3)
+    assert prompts[0].columns == {"n": [1]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"prompt": "a"}, "b"], r"dataset: row 1 .*type str.*mapping"),
+        ([{"prompt": "a", "lock": (i for i in ())}], r"dataset: row 0 .*cannot be copied.*plain values"),
+        ([{"text": "a"}], "prompt"),
+        ([], "no rows"),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_an_input_error(rows, reason):
+    with pytest.raises(InputError, match=reason):
+        prompts_of(ListRows(rows, "dataset"))
 
 
 # --- columns and bad rows ---

@@ -329,6 +329,22 @@ def test_a_bad_resume_path_deletes_nothing_even_with_overwrite(run, tmp_path):
         assert_is_exactly(run.latest(), 1)
 
 
+def test_a_checkpoint_that_is_refused_deletes_nothing_even_with_overwrite(run, tmp_path):
+    other = RunDirectory(tmp_path / "other")
+    other.open()
+    save(other, 4)
+    save(run, 1)
+    run.close()
+
+    def refuse(checkpoint):
+        raise InputError("of another run")
+
+    for resume in (str(other.path), str(run.checkpoints / "step-000001")):
+        with pytest.raises(InputError, match="of another run"):
+            RunDirectory(run.path).open(resume=resume, overwrite=True, accept=refuse)
+        assert_is_exactly(run.latest(), 1)
+
+
 def test_resume_without_a_run_is_an_error_and_makes_nothing(tmp_path):
     with pytest.raises(InputError, match="no run to resume"):
         RunDirectory(tmp_path / "typo").open(resume=True)
