@@ -1,13 +1,13 @@
-"""Runs the same short jobs in two checkouts and compares every byte they leave: a refactoring must change none.
+"""Runs the same short jobs in two checkouts and compares the files they write: a refactoring must not change a byte.
 
     git worktree add /tmp/before HEAD~1
     python benchmarks/compare_checkouts.py /tmp/before . [--only control] [--output /tmp/compared]
 
 Each job is a list of commands, run with the interpreter of this script and the packages of the checkout, on one thread.
-Compared are metrics, completions, saved weights and agents; seconds, settings and logs are not. A line of JSON that has
-gained or lost names, but agrees in all others, is reported as such: the reader decides whether that was intended.
-About six minutes per checkout on two cores, most of them spent on the embedded models. A checkout that was run before
-into the same --output and has not changed since is not run again.
+Metrics, completions, results, weights and agents are compared; timings, settings and logs are not. If JSON lines gain
+or lose keys but agree in all others, the report says so, and the reader decides whether that was intended. Takes about
+six minutes per checkout on two cores, most of them for the embedded models. A checkout that has not changed since its
+last run into the same --output is not run again.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 COMPARED = ("metrics.jsonl", "completions.jsonl", "agent.json", "results.json", "*.safetensors")
 LATE = ("checkpoints",)
-"""Folders whose layout may change: the weights they hold are compared through what the run exports."""
+"""Folders that are not compared, because their layout may change; the exported weights are compared instead."""
 
 PPO = ["recipes/ppo_rlhf.py", "--config", "recipes/configs/ppo_embedded.yaml", "--total_steps", "4"]
 GRPO = ["recipes/grpo.py", "--config", "recipes/configs/grpo_embedded.yaml", "--total_steps", "4"]
@@ -92,12 +92,13 @@ JOBS: dict[str, list[list[str]]] = {
     "control-compiled": [["-c", COMPILED, "{out}/control-compiled"]],
     "control-two-processes": [[*TWO, *CARTPOLE, "--output_dir", "{out}/control-two-processes"]],
 }
-"""Name -> commands; `{out}` is where the checkout's results lie. Later jobs use the models that `ppo` and `grpo` made."""
+"""Name -> commands; `{out}` is the folder for the checkout's results. Later jobs use the models of `ppo` and `grpo`."""
 
 
 def run(checkout: Path, out: Path, only: str) -> None:
-    """All jobs in `checkout`; their results below `out`."""
-    stamp, mark = content_of(checkout) + only, out / "checkout.txt"
+    """Run the jobs chosen by `only`, and those whose models they need, in `checkout`; write results below `out`."""
+    stamp = content_of(checkout) + only
+    mark = out / "checkout.txt"
     if mark.is_file() and mark.read_text() == stamp:
         print(f"{checkout}: unchanged since {out} was made", flush=True)
         return
@@ -119,7 +120,7 @@ def run(checkout: Path, out: Path, only: str) -> None:
 
 
 def content_of(checkout: Path) -> str:
-    """A digest of the sources that the jobs run."""
+    """A digest of the source files that the jobs run."""
     digest = hashlib.sha256()
     for folder in ("rlhf", "gym_baselines", "recipes"):
         for file in sorted((checkout / folder).rglob("*.[py][ya]*")):
@@ -128,7 +129,7 @@ def content_of(checkout: Path) -> str:
 
 
 def results(out: Path) -> dict[str, Path]:
-    """Name -> file of everything that is compared."""
+    """Name relative to `out` -> path, for each file that is compared."""
     files = {str(file.relative_to(out)): file for pattern in COMPARED for file in out.rglob(pattern)}
     return {name: file for name, file in sorted(files.items()) if not set(LATE) & set(Path(name).parts)}
 
@@ -141,18 +142,18 @@ def differences(before: Path, after: Path) -> Iterator[str]:
     for name in sorted(first.keys() & second.keys()):
         old, new = first[name].read_bytes(), second[name].read_bytes()
         if old != new:
-            yield f"{name}: " + (of_lines(old, new) if name.endswith(".jsonl") else "other bytes")
+            yield f"{name}: " + (of_lines(old, new) if name.endswith(".jsonl") else "bytes differ")
 
 
 def of_lines(old: bytes, new: bytes) -> str:
-    """What differs between two files of JSON lines."""
+    """Describe how two files of JSON lines differ."""
     before, after = ([json.loads(line) for line in text.splitlines()] for text in (old, new))
     if len(before) != len(after):
         return f"{len(before)} lines before, {len(after)} after"
     names = [sorted({name for line in lines for name in line}) for lines in (before, after)]
     common = set(names[0]) & set(names[1])
     changed = sorted({n for a, b in zip(before, after, strict=True) for n in common if a.get(n) != b.get(n)})
-    parts = [f"{', '.join(changed)} differ" if changed else "all common names agree"]
+    parts = [f"{', '.join(changed)} differ" if changed else "all common keys agree"]
     parts += [f"lost {sorted(set(names[0]) - common)}"] if set(names[0]) - common else []
     parts += [f"gained {sorted(set(names[1]) - common)}"] if set(names[1]) - common else []
     return "; ".join(parts)
@@ -162,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--only", default="", help="run the jobs whose names begin so (and the models they need)")
+    parser.add_argument("--only", default="", help="run jobs whose names begin with this (and the models they need)")
     parser.add_argument("--output", type=Path, default=Path("runs/compared"))
     options = parser.parse_args()
     sides = []
@@ -170,7 +171,7 @@ def main() -> None:
         sides.append((options.output / side).resolve())
         run(checkout.resolve(), sides[-1], options.only)
     found = list(differences(*sides))
-    print("\n".join(found) if found else f"{len(results(sides[0]))} files, all equal to the byte")
+    print("\n".join(found) if found else f"{len(results(sides[0]))} files, all byte-identical")
     sys.exit(1 if found else 0)
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/control_speed.py --rounds 5
 
-The three run one after the other, each alone in a process of one thread on one core; the next round has another
-order and seed. Equal settings: rl-zoo's tuned PPO (8 x 32 steps, minibatches of 256, 20 epochs), no render mode. CPU time
-is the process's own, so that other work on the machine counts little. Imports and evaluation are left out, and compiling is
-stated apart: the first round compiles from nothing, later ones find the compiler's results on disk.
+The three run one after the other, each in its own process with one thread on one core; every round has another order
+and seed. All use the settings of rl-zoo's tuned PPO (8 x 32 steps, minibatches of 256, 20 epochs) and no render mode.
+Times are CPU times of the process, so other load on the machine matters little. They exclude imports and evaluation;
+compile time is reported separately: the first round compiles from scratch, later ones use the compiler's cache on disk.
 """
 
 import argparse
@@ -39,7 +39,9 @@ class Clock:
         self.wall.append(time.perf_counter())
 
     def report(self, *, compiled: bool = False) -> dict[str, float]:
-        """seconds: CPU time of training. What the first update took beyond the others is compiling, stated apart."""
+        """seconds: CPU time of training. If `compiled`, without the compile time, which is reported separately: the
+        time by which the first update exceeds the median of the others, plus the CPU time of child processes.
+        """
         seconds = self.cpu[-1] - self.cpu[0]
         if not compiled:
             return {"seconds": seconds}
@@ -100,7 +102,7 @@ def run_sb3(seed: int, steps: int) -> dict[str, float]:
 def run_ours(seed: int, steps: int, *, compile: bool) -> dict[str, float]:
     from gym_baselines import evaluate, preset, train
 
-    # the preset's entropy bonus is not rl-zoo's
+    # unlike rl-zoo, the preset has an entropy bonus
     config = preset("CartPole-v1", seed=seed, total_steps=steps, progress_bar=False, compile=compile, entropy_coef=0.0)
     clock = Clock()
     agent = train(config, callbacks=[clock])
@@ -109,7 +111,7 @@ def run_ours(seed: int, steps: int, *, compile: bool) -> dict[str, float]:
 
 
 def measure(kind: str, seed: int, steps: int, cache: str) -> dict[str, float]:
-    """One run in a process of its own."""
+    """One run, in its own process."""
     command = [sys.executable, __file__, "--run", kind, "--seed", str(seed), "--steps", str(steps)]
     environment = os.environ | {
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
@@ -121,7 +123,7 @@ def measure(kind: str, seed: int, steps: int, cache: str) -> dict[str, float]:
 
 
 def child(kind: str, seed: int, steps: int) -> None:
-    """What `measure` starts: one core, one thread, one line of results."""
+    """The process that `measure` starts: on one core with one thread, it prints one line of results."""
     import torch
 
     if hasattr(os, "sched_setaffinity"):
@@ -132,7 +134,7 @@ def child(kind: str, seed: int, steps: int) -> None:
         "eager": partial(run_ours, compile=False),
         "compiled": partial(run_ours, compile=True),
     }
-    runs["eager" if kind == "compiled" else kind](seed, 256)  # loads what the libraries load with their first step
+    runs["eager" if kind == "compiled" else kind](seed, 256)  # warms up: libraries load more at their first step
     print(json.dumps(runs[kind](seed, steps)))
 
 
@@ -141,18 +143,18 @@ def spread(numbers: list[float], digits: int = 0) -> str:
 
 
 def table(rounds: list[dict[str, dict[str, float]]]) -> str:
-    """Medians and ranges over rounds; ratios are taken within a round, where both met the same machine."""
+    """Medians and ranges over rounds; ratios are taken within a round, where machine load was about equal."""
     rates = {kind: [round[kind]["steps"] / round[kind]["seconds"] for round in rounds] for kind in KINDS}
     lines = [f"{'':<25}{'steps per CPU second':<26}{'x Stable-Baselines3':<24}{'greedy return, 100 episodes'}"]
     for kind, label in KINDS.items():
         ratios = [own / peer for own, peer in zip(rates[kind], rates["sb3"], strict=True)]
         returns = [round[kind]["return"] for round in rounds]
         lines.append(f"{label:<25}{spread(rates[kind]):<26}{spread(ratios, 2):<24}{spread(returns, 1)}")
-    for name, chosen in (("from nothing", rounds[:1]), ("with its results on disk", rounds[1:])):
+    for name, chosen in (("from scratch", rounds[:1]), ("with its cache on disk", rounds[1:])):
         if chosen:
             cpu = spread([round["compiled"]["compile_cpu"] for round in chosen], 1)
             wall = spread([round["compiled"]["compile_wall"] for round in chosen], 1)
-            lines.append(f"compiling {name}: {cpu} CPU seconds, {wall} seconds on the clock")
+            lines.append(f"compiling {name}: {cpu} CPU seconds, {wall} wall-clock seconds")
     return "\n".join(lines)
 
 
@@ -170,7 +172,7 @@ def main(num_rounds: int, steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="each with a seed of its own")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds, each with its own seed")
     parser.add_argument("--steps", type=int, default=100_000, help="environment steps of each run")
     parser.add_argument("--run", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The embedded pipeline over three seeds, and whether it keeps what the README promises. About ten minutes on 2 cores.
+"""Runs the embedded pipeline with three seeds and checks the README's claims about it. About ten minutes on 2 cores.
 
 make bench          or          python benchmarks/embedded_seeds.py [OUTPUT_DIR]
 """

@@ -1,4 +1,4 @@
-"""GRPO's embedded task over three seeds, and whether it keeps what the README promises. About ten minutes on 2 cores.
+"""Runs GRPO's embedded task with three seeds and checks the README's claims about it. About ten minutes on 2 cores.
 
 make bench          or          python benchmarks/grpo_seeds.py [OUTPUT_DIR]
 """
@@ -17,7 +17,8 @@ COLUMNS = {"accuracy_greedy": "greedy", "pass@1": "sampled", "pass@4": "pass@4",
 def main(output: Path) -> None:
     rows = []
     for seed in SEEDS:
-        folder, start = output / f"seed-{seed}", time.perf_counter()
+        folder = output / f"seed-{seed}"
+        start = time.perf_counter()
         command = [sys.executable, "recipes/grpo.py", "--config", "recipes/configs/grpo_embedded.yaml"]
         subprocess.run([*command, f"--output_dir={folder}", f"--seed={seed}", "--overwrite"], cwd=ROOT, check=True)
         results = json.loads((ROOT / folder / "results.json").read_text())

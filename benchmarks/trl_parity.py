@@ -1,15 +1,17 @@
-"""Loss and gradients of GRPO here beside those of TRL's GRPOTrainer, on the same batch, weights and settings. One minute.
+"""Compares our GRPO's loss and gradients with those of TRL's GRPOTrainer, on the same batch, weights and settings.
 
-pip install -e '.[trl]'; python benchmarks/trl_parity.py
+Takes a minute: pip install -e '.[trl]'; python benchmarks/trl_parity.py
 
-Both sides run whole. TRL's: a real GRPOTrainer whose `rollout_func` (an argument of it) hands it given completions, and
-`training_step`, twice per batch: once with the weights that sampled, from which TRL takes its old log-probs, and once after
-the weights were changed, as by an optimizer step, so that ratios leave 1. Ours: `score`, `GRPO.prepare` and `update`, with
-an optimizer that keeps gradients instead of using them. Status 1 if a pair that should agree does not.
+Both sides run their whole optimizer step. TRL: a real GRPOTrainer, which gets fixed completions through its argument
+`rollout_func`, runs `training_step` twice per batch: once with the sampler's weights, from which TRL takes its old
+log-probs, and once after the weights were changed, as by an optimizer step, so that the ratios differ from 1. Ours:
+`Scorer`, `GRPO.prepare` and `update`, with an optimizer that stores gradients instead of applying them. Exit status 1
+if a pair that should agree does not.
 
-In float32 nothing of TRL's is touched. Two things of it are float32 whatever the model is: advantages, so float64 runs give
-TRL's to both sides (float32 runs use each side's own; they are compared by themselves); and the fused LM head, so float64
-runs replace `_get_per_token_logps_and_entropies` by a plain log-softmax with positions that do not count padding.
+In float32 TRL runs unmodified. Two of its parts use float32 for any model: advantages, so float64 runs use TRL's on
+both sides (float32 runs use each side's own; advantages are also compared by themselves); and the fused LM head, so
+float64 runs replace `_get_per_token_logps_and_entropies` by a plain log-softmax with positions that do not count
+padding.
 """
 
 import sys
@@ -22,11 +24,11 @@ from torch import Tensor
 from trl_sides import EOS, LONGEST, TRL, VERSION, Batch, Case, Result, Weights, ours
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-ADVANTAGE_TOLERANCE = 1e-6  # of numbers of size 1, in float32
+ADVANTAGE_TOLERANCE = 1e-6  # absolute; advantages are of order 1, in float32
 
 GSPO = {"importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03}
 OUR_GSPO = {"ratio": "sequence_mean", "clip_range": 0.02, "clip_range_high": 0.03}
-"""The ratio of a whole completion stays nearer to 1 than that of a token."""
+"""A narrower clip range, since the ratio of a whole completion stays nearer to 1 than that of a token."""
 FORMS = [
     Case("grpo", {"loss_type": "grpo"}, {"aggregation": "sequence_mean"}),
     Case("dapo (token mean)", {"loss_type": "dapo"}, {"aggregation": "token_mean"}),
@@ -77,9 +79,10 @@ MORE = [
 
 
 def gradient_gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference of a parameter's gradient, relative to the size of that gradient.
+    """Largest difference of a parameter's gradient, relative to the norm of that gradient.
 
-    A gradient below a thousandth of the whole (such as a bias that cancels in the softmax) is measured by that.
+    The norm is taken as at least a thousandth of the whole gradient's, for parameters such as a bias that cancels in
+    the softmax.
     """
     assert one.keys() == other.keys()
     floor = 1e-3 * torch.stack([g.norm() for g in one.values()]).norm()
@@ -87,7 +90,17 @@ def gradient_gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def both(case: Case, family: str, dtype: torch.dtype, temperature: float, *, even: bool) -> tuple[Result, Result]:
-    batch, weights = Batch.draw(even_prompts=even), Weights(family, dtype)
+    """The results of TRL and of this toolkit.
+
+    Args:
+        case: The settings of both sides.
+        family: Architecture of the model, "llama" or "gpt2".
+        dtype: Type of the weights. In float64 both sides use TRL's advantages.
+        temperature: Sampling temperature.
+        even: Give all prompts the same length.
+    """
+    batch = Batch.draw(even_prompts=even)
+    weights = Weights(family, dtype)
     with tempfile.TemporaryDirectory() as folder:
         theirs = TRL(case, batch, weights, temperature, folder).step()
     given = theirs.advantages if dtype == torch.float64 else None
@@ -96,13 +109,11 @@ def both(case: Case, family: str, dtype: torch.dtype, temperature: float, *, eve
 
 def compare(case: Case, family: str, dtype: torch.dtype, temperature: float) -> bool:
     theirs, mine = both(case, family, dtype, temperature, even=family == "gpt2" and dtype == torch.float32)
-    loss = abs(mine.loss - theirs.loss) / max(abs(theirs.loss), 0.1)  # a loss may nearly cancel
+    loss = abs(mine.loss - theirs.loss) / max(abs(theirs.loss), 0.1)  # at least 0.1, as a loss may nearly cancel
     gradient = gradient_gap(theirs.gradients, mine.gradients)
     advantage = float((mine.advantages - theirs.advantages).abs().max())
-    kind, low_high = (
-        f"{family:<7}{str(dtype)[6:]:<9}{temperature:<5}",
-        f"{mine.clipped[0]:>4.0%} {mine.clipped[1]:>4.0%}",
-    )
+    kind = f"{family:<7}{str(dtype)[6:]:<9}{temperature:<5}"
+    low_high = f"{mine.clipped[0]:>4.0%} {mine.clipped[1]:>4.0%}"
     equal = loss <= TOLERANCE[dtype] and gradient <= TOLERANCE[dtype] and advantage <= ADVANTAGE_TOLERANCE
     print(
         f"{case.name:<36}{kind}{theirs.loss:>10.6f}  {loss:>8.1e}  {gradient:>8.1e}  {advantage:>8.1e}  {low_high}  "
@@ -116,18 +127,18 @@ def compare(case: Case, family: str, dtype: torch.dtype, temperature: float) -> 
 
 
 def _window_share(batch: Batch, window: list[int]) -> float:
-    """TRL divides by the mean number of tokens of a generation batch's microbatches, not by the number in this window."""
+    """TRL divides by the mean token count of a generation batch's microbatches, not by the count of this window."""
     all_tokens = torch.tensor(float(sum(map(len, batch.completions))))  # TRL computes it in float32
     return sum(len(batch.completions[row]) for row in window) / float(all_tokens * 1 / 3)
 
 
 def _kept_share(batch: Batch, window: list[int]) -> float:
-    """TRL leaves truncated completions out of the token count too."""
+    """TRL also excludes truncated completions from the token count."""
     return sum(map(len, batch.completions)) / sum(len(ids) for ids in batch.completions if ids[-1] == EOS)
 
 
 def _cap(batch: Batch, window: list[int]) -> float:
-    """Unset, TRL's cap is `epsilon`, 0.2, which nearly every ratio exceeds: a fifth of a policy gradient without ratio."""
+    """If unset, TRL's cap is `epsilon` = 0.2, below nearly every ratio: a fifth of a policy gradient without ratio."""
     return 0.2
 
 
@@ -147,7 +158,7 @@ DIFFERENCES: list[tuple[Case, Callable[[Batch, list[int]], float]]] = [
 
 
 def differ(case: Case, predicted: Callable[[Batch, list[int]], float]) -> bool:
-    """TRL's gradient is `predicted` times ours, which is that of the sum over tokens / tokens of the optimizer step."""
+    """Whether TRL's gradient is `predicted` times ours; our loss is the mean over all tokens of the optimizer step."""
     theirs, mine = both(case, "gpt2", torch.float64, 1.0, even=False)  # Llama's norms round to float32
     factor = predicted(Batch.draw(even_prompts=False), theirs.window)
     gap = gradient_gap(theirs.gradients, {name: factor * g for name, g in mine.gradients.items()})
@@ -158,7 +169,7 @@ def differ(case: Case, predicted: Callable[[Batch, list[int]], float]) -> bool:
 
 
 def absolute_positions() -> None:
-    """GPT-2's positions count TRL's left padding, so that its log-probs depend on the other prompts of the batch."""
+    """Print the gap for GPT-2: its positions count TRL's left padding, so log-probs depend on the other prompts."""
     theirs, mine = both(FORMS[0], "gpt2", torch.float32, 1.0, even=False)
     gap = gradient_gap(theirs.gradients, mine.gradients)
     print(f"{'gpt2, prompts of uneven length':<36}TRL counts the padding as positions: gradients differ by {gap:.0%}")

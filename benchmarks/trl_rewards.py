@@ -1,9 +1,9 @@
-"""TRL's own reward functions, unchanged, through `Rewards`, beside scores worked out by hand. Seconds.
+"""Runs TRL's own reward functions, unchanged, through `Rewards` and compares the scores with ones worked out by hand.
 
-pip install -e '.[trl]'; python benchmarks/trl_rewards.py
+Takes seconds: pip install -e '.[trl]'; python benchmarks/trl_rewards.py
 
-Strings where the function takes strings, conversations where it reads `completion[0]["content"]`; columns, token ids,
-`log_extra` and None ("not applicable") included. Status 1 if a score is not the one expected.
+Functions that take strings get strings; those that read `completion[0]["content"]` get conversations. Columns, token
+ids, `log_extra` and None ("not applicable") are covered too. Exit status 1 if a score is not the expected one.
 """
 
 import os
@@ -26,7 +26,7 @@ QUESTION = [{"role": "user", "content": "What is a third of one?"}]
 
 
 def turns(*texts: str) -> list[Any]:
-    """Completions of conversations."""
+    """Texts as completions of conversations."""
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
@@ -38,7 +38,15 @@ def scored(
     weights: Sequence[float] | None = None,
     **columns: Sequence[Any],
 ) -> RewardResult:
-    """As the trainer calls them; without `ids` every completion has four tokens."""
+    """Call the functions as the trainer does.
+
+    Args:
+        functions: Reward functions.
+        completions: Strings or conversations; the prompts are of the same kind.
+        ids: Token ids of the completions; four tokens each by default.
+        weights: Weights of the functions in the score.
+        columns: Other columns of the data set, by name.
+    """
     prompt: Any = "say" if isinstance(completions[0], str) else QUESTION
     return Rewards(functions, weights=weights)(
         prompts=[prompt] * len(completions),

@@ -1,4 +1,7 @@
-"""One optimizer step of GRPO by TRL's GRPOTrainer and by this toolkit, on the same batch and weights; for trl_parity.py."""
+"""One optimizer step of GRPO by TRL's GRPOTrainer and by this toolkit, on the same batch and weights.
+
+Used by trl_parity.py.
+"""
 
 import os
 import warnings
@@ -31,16 +34,20 @@ disable_progress_bar()
 disable_progress_bars()
 VERSION = trl.__version__
 
-GROUP, LONGEST, VOCABULARY, PAD, EOS = 4, 9, 24, 0, 2
+GROUP = 4
+LONGEST = 9
+VOCABULARY = 24
+PAD = 0
+EOS = 2
 CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
 OUR_CLIP = {"clip_range": 0.2, "clip_range_high": 0.28}
 OURS = {"completions_per_prompt": GROUP, "std_ddof": 1, "std_eps": 1e-4}
-"""TRL's deviation: divided by n - 1, plus 1e-4."""
+"""With TRL's standard deviation: divided by n - 1, plus 1e-4."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """The same settings in both languages. `accumulation`: TRL's gradient_accumulation_steps and steps_per_generation."""
+    """The same settings for TRL and for us. accumulation: TRL's (gradient_accumulation_steps, steps_per_generation)."""
 
     name: str
     trl: dict[str, Any]
@@ -53,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Batch:
-    """Three prompts, four completions each, of uneven length, some cut by the limit; rows of one prompt adjacent."""
+    """Three prompts with four completions each, of uneven length, some truncated; rows of one prompt are adjacent."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
@@ -81,7 +88,7 @@ class Batch:
 
 @dataclass
 class Weights:
-    """One architecture with three sets of weights: of the sampler, of the policy after a step, of the reference."""
+    """Three sets of weights of one architecture: the sampler's, those of the policy after a step, the reference's."""
 
     family: str
     dtype: torch.dtype
@@ -109,7 +116,8 @@ class Weights:
 
     def _moved(self, size: float, seed: int) -> Any:
         """A copy whose weights have moved by `size` times their usual size, at random."""
-        generator, lm = torch.Generator().manual_seed(seed), deepcopy(self.sampler)
+        generator = torch.Generator().manual_seed(seed)
+        lm = deepcopy(self.sampler)
         for parameter in lm.parameters():
             parameter.data += size * 0.4 * torch.randn(parameter.shape, generator=generator).to(self.dtype)
         return lm
@@ -120,24 +128,34 @@ class Weights:
 
 @dataclass(frozen=True)
 class Result:
-    """loss, gradients by the name of the parameter, and the advantage of each row in the order of the batch."""
+    """Loss, gradients by parameter name, and the advantage of each row in the order of the batch."""
 
     loss: float
     gradients: dict[str, Tensor]
     advantages: Tensor
     window: list[int]
-    """The rows that this optimizer step was made of."""
+    """Rows of the batch that this optimizer step used."""
     clipped: tuple[float, float] = (0.0, 0.0)
-    """Shares of tokens whose gradient the lower and the upper bound stops."""
+    """Shares of tokens whose gradient is zero because of the lower and of the upper clip bound."""
 
 
 class TRL:
-    """A GRPOTrainer that is handed its completions."""
+    """TRL's GRPOTrainer, which trains on given completions.
+
+    Args:
+        case: The settings, of which the `trl` part and `accumulation` are used.
+        batch: Prompts, completions and their scores.
+        weights: The weights of sampler, changed policy and reference.
+        temperature: Sampling temperature.
+        folder: Where the reference and TRL's files are written.
+    """
 
     def __init__(self, case: Case, batch: Batch, weights: Weights, temperature: float, folder: str) -> None:
-        self.batch, self.weights, self.model = batch, weights, deepcopy(weights.sampler)
+        self.batch = batch
+        self.weights = weights
+        self.model = deepcopy(weights.sampler)
         self.accumulation, per_generation = case.accumulation
-        weights.reference.save_pretrained(folder)  # TRL loads its reference from where the policy says it came from
+        weights.reference.save_pretrained(folder)  # TRL loads its reference from the policy's _name_or_path
         self.model.config._name_or_path = folder
         words = {"<pad>": PAD, "<bos>": 1, "<eos>": EOS} | {f"w{i}": i for i in range(3, VOCABULARY)}
         tokenizer = PreTrainedTokenizerFast(
@@ -195,7 +213,7 @@ class TRL:
         return chosen, -(logprobs.exp() * logprobs).sum(-1), None
 
     def step(self) -> Result:
-        """The first optimizer step after the weights have changed."""
+        """Run a batch with the old weights, then change them and return the next optimizer step."""
         for _ in range(self.steps):
             self.trainer.training_step(self.trainer.model, self.rows, None)
         self.model.load_state_dict(self.weights.present.state_dict())
@@ -212,12 +230,12 @@ class TRL:
         return Result(loss, gradients, advantages, [row for rows in places[: self.accumulation] for row in rows])
 
     def _row(self, padded: list[int]) -> int:
-        """TRL shuffles the rows of a generation batch; its completion tells which one it is."""
+        """Index in the batch of the row with this completion; TRL shuffles the rows of a generation batch."""
         return self.batch.completions.index([token for token in padded if token != PAD])
 
 
 class Keep(torch.optim.Optimizer):
-    """Keeps the gradient that reaches it."""
+    """Stores the gradients in `kept` and leaves the weights unchanged."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.parameters(), {})
@@ -230,8 +248,18 @@ class Keep(torch.optim.Optimizer):
 def ours(
     case: Case, batch: Batch, weights: Weights, temperature: float, window: list[int], advantages: Tensor | None = None
 ) -> Result:
-    """The same step here, over the rows `window`, cut into microbatches of 40 tokens. advantages: instead of our own."""
-    algorithm, group = GRPO(GRPOConfig(**{**OURS, **OUR_CLIP, **case.ours})), Distributed(cpu=True)
+    """The same step by this toolkit, in microbatches of 40 tokens.
+
+    Args:
+        case: The settings, of which the `ours` part is used.
+        batch: Prompts, completions and their scores.
+        weights: The weights of sampler, changed policy and reference.
+        temperature: Sampling temperature.
+        window: Rows of the batch that the optimizer step uses.
+        advantages: Advantage of each row, to use instead of our own.
+    """
+    algorithm = GRPO(GRPOConfig(**{**OURS, **OUR_CLIP, **case.ours}))
+    group = Distributed(cpu=True)
     sampler = Policy(deepcopy(weights.sampler), temperature=temperature)
     reference = Policy(weights.reference, temperature=temperature) if "reference" in algorithm.needs else None
     scorer = Scorer(policy=sampler, reference=reference, microbatch_tokens=40, distributed=group)

@@ -1,4 +1,4 @@
-"""gym_baselines: the algorithms of `rlhf` on Gymnasium environments, where they are validated in seconds.
+"""gym_baselines: the algorithms of `rlhf` on Gymnasium environments, where they can be validated in seconds.
 
 from gym_baselines import PPO, evaluate
 agent = PPO("CartPole-v1", seed=0).learn(100_000)

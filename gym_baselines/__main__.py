@@ -30,20 +30,20 @@ USAGE = """usage: python -m gym_baselines COMMAND ...
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; an error of the user's is one line on stderr, without a traceback."""
+    """Run a command. A user's error is reported as one line on stderr, without a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": train_command, "evaluate": evaluate_command, "compare": compare.main, "plot": plots.main}
     if not arguments or arguments[0] not in commands:
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
-    torch.set_num_threads(1)  # the networks are too small to share out: more threads are slower
+    torch.set_num_threads(1)  # the networks are so small that more threads are slower
     with guard():
         commands[arguments[0]](arguments[1:])
 
 
 def train_command(argv: Sequence[str]) -> None:
-    """Train, save, and evaluate the result over 100 episodes, greedily and as it was trained."""
+    """Train, save, and evaluate the agent over config.final_episodes episodes, with greedy and with sampled actions."""
     config = parse_config(argv)
     distributed = make_group(config)
     training = Training(config, distributed=distributed)
@@ -75,7 +75,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
 
 
 def report(agent: Agent, *, episodes: int, seed: int) -> dict[str, Any]:
-    """Print what the greedy and the sampling policy reach; the numbers."""
+    """Evaluate the agent with greedy and with sampled actions; print and return the results."""
     results = {}
     for name, greedy in (("greedy", True), ("sampled", False)):
         evaluation = evaluate(agent, episodes=episodes, seed=seed, greedy=greedy)
@@ -85,7 +85,7 @@ def report(agent: Agent, *, episodes: int, seed: int) -> dict[str, Any]:
 
 
 def summary(config: TrainConfig, num_processes: int) -> str:
-    """What the settings amount to."""
+    """Lines that summarise the settings: numbers of updates, transitions and optimizer steps."""
     update = config.update
     size = min(update.minibatch_size or config.batch_size, config.batch_size)
     minibatches = -(-config.batch_size // size)
@@ -115,7 +115,7 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 
 
 def _named(argv: Sequence[str], setting: str) -> str | None:
-    """The environment or algorithm that the arguments name, whose preset is looked up before they are read in full."""
+    """The value of one setting in the command line or config file, needed to find the preset before parsing."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{setting}")
     parser.add_argument("--config")

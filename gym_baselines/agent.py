@@ -1,4 +1,4 @@
-"""A trained policy that can be asked for actions, saved and loaded: safetensors for the weights, JSON for the rest."""
+"""A trained policy that predicts actions and can be saved (weights as safetensors, the rest as JSON) and loaded."""
 
 import hashlib
 import json
@@ -28,16 +28,16 @@ _NOT_OF_THE_AGENT = ("output_dir", "overwrite", "resume", "progress_bar", "tenso
 
 @dataclass
 class Agent:
-    """A policy and what is needed to rebuild and use it."""
+    """A policy, with all that is needed to rebuild and use it."""
 
     policy: ActorCritic
     env: str
-    """Gymnasium id of the environment, or just a name if `make_env` makes it."""
+    """Gymnasium id of the environment, or just a label if `make_env` makes the environment."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The TrainConfig it was trained with; `environment_config` reads how its environments are made."""
+    """The TrainConfig of its training, as plain values; `environment_config` reads the environment's part."""
     environment_steps: int = 0
     recent_returns: list[float] = field(default_factory=list)
-    """Of the last training episodes."""
+    """Returns of the last training episodes."""
     make_env: Callable[[], gym.Env] | None = None
     """The user's function that makes one environment; not saved."""
     _calls: int = field(default=0, repr=False, compare=False)
@@ -52,10 +52,17 @@ class Agent:
         seed: int = 0,
         step: int | None = None,
     ) -> Any:
-        """The environment's action for one observation, or those for a batch of them, (rows, *shape).
+        """Actions as the environment takes them, for one observation or a batch.
 
-        deterministic: the most likely action. Otherwise it is drawn: a function of (seed, step, row). If step is None,
-        every call draws anew. action_mask: of the choices, true for each that is allowed, (choices,) or (rows, choices).
+        Args:
+            observation: One observation, (*shape), or a batch, (rows, *shape).
+            deterministic: Take the most likely action. Otherwise draw it, as a pure function of (seed, step, row).
+            action_mask: True for each allowed choice, (choices,) or (rows, choices).
+            seed: Seed of drawn actions.
+            step: Step of drawn actions. If None, a counter of the agent, so that every call draws anew.
+
+        Returns:
+            One action for one observation, else one per row.
         """
         rows, single = self._rows(observation)
         mask = None if action_mask is None else self._mask(action_mask, len(rows), single)
@@ -73,11 +80,11 @@ class Agent:
         return actions[0] if single else actions
 
     def environment_config(self) -> EnvironmentConfig:
-        """How the environments of its training were made."""
+        """How the environments were made in training."""
         return EnvironmentConfig(**self.settings.get("environment", {}))
 
     def save(self, directory: str | Path) -> None:
-        """Write agent.json and policy.safetensors; each file is whole or absent."""
+        """Write agent.json and policy.safetensors, each atomically: no partial file is ever left."""
         directory = Path(directory)
         policy = self.policy
         weights = save({name: tensor.detach().cpu().clone() for name, tensor in policy.state_dict().items()})
@@ -103,9 +110,9 @@ class Agent:
 
     @classmethod
     def load(cls, directory: str | Path, *, features: Features | None = None) -> "Agent":
-        """Read what `save` wrote. InputError if it is missing, damaged or something else.
+        """Load an agent that `save` wrote. Raises InputError if its files are missing, damaged or something else.
 
-        features: the function that makes the feature module, for an agent that was trained with one.
+        features: the function that makes the feature module, needed for an agent that was trained with one.
         """
         directory = Path(directory)
         problem = f"{directory} does not hold an agent saved by gym_baselines"
@@ -142,14 +149,14 @@ class Agent:
             raise
         except OSError as error:
             raise InputError(
-                f"{problem}: {error}. Give the output_dir of a finished training run; one that was interrupted is "
-                "finished by the same command with --resume."
+                f"{problem}: {error}. Give the output_dir of a finished training run; finish an "
+                "interrupted one by the same command with --resume."
             ) from error
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{problem}, or its files are damaged ({error}). Train it again.") from error
 
     def _rows(self, observation: Any) -> tuple[torch.Tensor, bool]:
-        """(rows, *shape), and whether a single observation was given."""
+        """The observations as (rows, *shape), and whether a single one was given."""
         space = self.policy.observation_space
         observation = np.asarray(observation)
         shape = space.shape or ()
@@ -187,7 +194,7 @@ class Agent:
 
 
 def allows_something(action_mask: torch.Tensor, policy: ActorCritic) -> bool:
-    """Whether every row of the mask, (rows, choices), leaves a choice for each part of the action."""
+    """Whether each row of the mask, (rows, choices), allows a choice for each part of the action."""
     sizes = getattr(policy.family, "sizes", (action_mask.shape[-1],))
     return all(bool(part.any(-1).all()) for part in action_mask.split(sizes, -1))
 
@@ -211,6 +218,6 @@ def _with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values, without what only concerns where the run was written."""
+    """A config as plain JSON values, without the settings that only concern output (folder, resuming, progress bar)."""
     settings = asdict(config)
     return {name: settings[name] for name in settings if name not in _NOT_OF_THE_AGENT}

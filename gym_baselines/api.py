@@ -5,7 +5,7 @@
     mean, std = evaluate(agent, episodes=100)
     agent.save("cartpole");  action = PPO.load("cartpole").predict(observation)
 
-A class is a set of default settings and nothing else: what is computed is decided by the settings.
+A class only chooses default settings; the settings alone decide what is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,10 +41,10 @@ class Baseline:
     ) -> None:
         """env: a Gymnasium id, a function that makes one environment, or a vector environment.
 
-        settings: any setting of TrainConfig and its groups by its name (learning_rate, clip_range, hidden_sizes, ...), or
-        by Stable-Baselines3's where it means the same (n_envs, n_steps, batch_size, ...). What is not given comes from the
-        preset of the environment, if it has one. features: observation space -> module that makes features of
-        observations, in place of the networks' hidden layers.
+        settings: any setting of TrainConfig and its groups (learning_rate, clip_range, hidden_sizes, ...), also under
+        Stable-Baselines3's name if it means the same (n_envs, n_steps, batch_size, ...). The others come from the
+        environment's preset, if it has one, else from the algorithm's defaults. features: makes, from the observation
+        space, a module that replaces the networks' hidden layers.
         """
         name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         if more or (isinstance(env, str) and env.endswith("Policy")):
@@ -53,7 +53,9 @@ class Baseline:
                 "'MlpPolicy') follow from the spaces here; see hidden_sizes, encoder, features."
             )
         if "algorithm" in settings:
-            raise InputError(f"algorithm is what the class says, {self.algorithm}: use the class of the other's name.")
+            raise InputError(
+                f"algorithm is fixed by the class, {self.algorithm}: use the class of the algorithm that you want."
+            )
         if isinstance(env, gym.Env) and not isinstance(env, gym.vector.VectorEnv):
             raise InputError(
                 "env is one environment, and several are needed: give its id, or a function that makes one."
@@ -65,7 +67,8 @@ class Baseline:
                     f"The vector environment holds {held} environments: leave n_envs out, or set it to that."
                 )
         self.config = preset(name, self.algorithm, **settings)
-        self._env, self._features = env, features
+        self._env = env
+        self._features = features
         self._training: Training | None = None
         self.agent: Agent | None = None
 
@@ -77,10 +80,10 @@ class Baseline:
         progress_bar: bool | None = None,
         total_timesteps: int | float | None = None,
     ) -> Self:
-        """Train for `total_steps` more environment steps (as many as set, or as last time, if None), and return self.
+        """Train for `total_steps` more environment steps and return self. None: as many as set, or as in the last call.
 
-        Called again, it goes on where it stopped; the learning rate then falls over the new steps. With output_dir and
-        resume=True, the first call continues an interrupted one instead, exactly. total_timesteps: another name of
+        A further call continues the training; the learning rate then falls over the new steps. With output_dir and
+        resume=True, the first call instead continues an interrupted run, bit for bit. total_timesteps: another name of
         total_steps.
         """
         total_steps = total_timesteps if total_steps is None else total_steps
@@ -106,11 +109,11 @@ class Baseline:
         return 0 if self.agent is None else self.agent.environment_steps
 
     def predict(self, observation: np.ndarray, *, deterministic: bool = True, **options: Any) -> np.ndarray:
-        """The action for one observation, or those for a batch of them; see Agent.predict."""
+        """The action for one observation, or one action per row of a batch; see Agent.predict."""
         return self._trained().predict(observation, deterministic=deterministic, **options)
 
     def save(self, directory: str | Path) -> None:
-        """Weights (safetensors), settings and normaliser statistics; see Agent.save."""
+        """Save weights (safetensors), settings and normaliser statistics; see Agent.save."""
         self._trained().save(directory)
 
     @classmethod
@@ -122,9 +125,9 @@ class Baseline:
         features: Callable[[Any], nn.Module] | None = None,
         **settings: Any,
     ) -> Self:
-        """What `save` or a run's output_dir holds, ready to predict or to learn on (with a new optimizer).
+        """Load an agent from `save` or a run's output_dir, ready to predict or to learn further (with a new optimizer).
 
-        InputError if it is damaged, foreign, or another algorithm's.
+        Raises InputError if the files are damaged, not an agent's, or of another algorithm.
         """
         agent = Agent.load(directory, features=features)
         saved = from_plain(TrainConfig, agent.settings)
@@ -140,8 +143,10 @@ class Baseline:
                 f"A saved agent keeps its networks: {baseline.config.network} was asked for, {saved.network} was saved. "
                 "Train a new agent instead."
             )
-        baseline._env, baseline._features = env or agent.env, features
-        baseline._training, baseline.agent = None, agent
+        baseline._env = env or agent.env
+        baseline._features = features
+        baseline._training = None
+        baseline.agent = agent
         return baseline
 
     def close(self) -> None:

@@ -1,5 +1,7 @@
-"""What may happen after every update of a run: functions called as function(agent, metrics); returning False ends the
-training. Hooks at other moments: `rlhf.Callback`, which is taken in their place."""
+"""Callbacks for training on environments: functions called after every update as function(agent, metrics).
+
+Returning False stops the training. For hooks at other moments, pass an `rlhf.Callback` instead.
+"""
 
 import time
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from rlhf.errors import InputError
 from rlhf.runs.callbacks import Callback
 
 StepFunction = Callable[[Agent, dict[str, float]], bool | None]
-"""Called after every update with the agent and the step's metrics; returning False ends the training."""
+"""Called after every update with the agent and the step's metrics; returning False stops the training."""
 
 
 class AfterUpdate(Callback):
@@ -28,12 +30,13 @@ class AfterUpdate(Callback):
 
 
 class _Every:
-    """Acts when the run passes a multiple of `every` environment steps."""
+    """Base of callbacks that act whenever the run passes a multiple of `every` environment steps."""
 
     def __init__(self, every: int) -> None:
         if every < 1:
             raise InputError(f"every must be at least 1 environment step, got {every}.")
-        self.every, self._passed = every, 0
+        self.every = every
+        self._passed = 0
 
     def is_due(self, agent: Agent) -> bool:
         before, self._passed = self._passed, agent.environment_steps // self.every
@@ -41,7 +44,7 @@ class _Every:
 
 
 class Evaluate(_Every):
-    """Evaluates the greedy policy; keeps the best agent in `best_dir` and stops at the return `stop_at`, if given."""
+    """Evaluates the greedy policy during training, and can keep the best agent or stop at a given return."""
 
     def __init__(
         self,
@@ -52,8 +55,20 @@ class Evaluate(_Every):
         best_dir: str | Path | None = None,
         stop_at: float | None = None,
     ) -> None:
+        """Set what to do.
+
+        Args:
+            every: Environment steps between two evaluations.
+            episodes: Episodes of each evaluation.
+            seed: Seed of the start states.
+            best_dir: Folder in which to save the best agent so far, if given.
+            stop_at: Mean return at which to stop the training, if given.
+        """
         super().__init__(every)
-        self.episodes, self.seed, self.best_dir, self.stop_at = episodes, seed, best_dir, stop_at
+        self.episodes = episodes
+        self.seed = seed
+        self.best_dir = best_dir
+        self.stop_at = stop_at
         self.history: list[tuple[int, Evaluation]] = []
         """(environment steps, evaluation) of every evaluation so far."""
 
@@ -69,7 +84,7 @@ class Evaluate(_Every):
 
 
 class SaveEvery(_Every):
-    """Saves the agent to directory/<environment steps>, for looking at earlier ones; runs are resumed from output_dir."""
+    """Saves the agent to directory/<environment steps>, to keep earlier ones. (Runs resume from output_dir instead.)"""
 
     def __init__(self, every: int, directory: str | Path) -> None:
         super().__init__(every)
@@ -82,7 +97,7 @@ class SaveEvery(_Every):
 
 
 class StopAtReturn:
-    """Stops when the mean return of the last 100 training episodes reaches `episode_return`."""
+    """Stops the training when the mean return of its last 100 episodes reaches `episode_return`."""
 
     def __init__(self, episode_return: float) -> None:
         self.episode_return = episode_return
@@ -92,7 +107,7 @@ class StopAtReturn:
 
 
 class StopAfter:
-    """Stops after so many seconds."""
+    """Stops the training after `seconds`, counted from the creation of this callback."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds

@@ -1,16 +1,16 @@
-"""From a Gymnasium vector environment to `Trajectories`: rows are environments, time is their steps.
+"""Collects `Trajectories` from a Gymnasium vector environment: one row per environment, steps along the time axis.
 
 The three autoreset modes differ in where the final observation of an episode appears:
 
-    NEXT_STEP   the ending step returns it; the step after ignores the action and returns the reset observation. That
+    NEXT_STEP   The last step returns it. The following step ignores its action and returns the reset observation. This
                 *ghost* step is masked: it trains nothing and is not counted. Its value is V(final observation), so
                 next_values[t] = values[t + 1] holds in every step.
-    SAME_STEP   the ending step returns the reset observation already, and the final one in infos["final_obs"], whose
-                value is then computed for next_values. There are no ghosts.
-    DISABLED    the ending step returns it, and the collector resets that environment itself; then as SAME_STEP.
+    SAME_STEP   The last step returns the reset observation, and puts the final one into infos["final_obs"], whose
+                value is computed separately for next_values. There are no ghost steps.
+    DISABLED    The last step returns it, and the collector resets the environment itself; otherwise as SAME_STEP.
 
-Actions depend on (seed, row, how many real steps the row has made), so all modes give the same transitions, and a run does
-not depend on which process holds which environment.
+Actions depend only on (seed, row, number of real steps of the row), so all modes give the same transitions, and a run
+does not depend on which process holds which environment.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ _MOST_ROLLOUTS_PER_EPISODE = 1000
 
 
 class ActingPolicy(Protocol):
-    """What the collector needs of a policy; `ActorCritic` documents the shapes."""
+    """The part of a policy that the collector uses; see `ActorCritic` for the shapes."""
 
     family: Any
 
@@ -49,13 +49,13 @@ class ActingPolicy(Protocol):
 class Rollout(NamedTuple):
     trajectories: Trajectories
     finished: Tensor
-    """(rows, time, 2): undiscounted return and length of the episode that ended at this step, 0 where none did."""
+    """(rows, time, 2): undiscounted return and length of the episode that ended at this step; 0 if none did."""
     num_steps: int
-    """Real steps that this process's environments made for it."""
+    """Real steps that the environments of this process made for this rollout."""
 
 
 class Collector:
-    """Plays fixed-length rollouts that continue where the last one stopped, in the middle of an episode or of a reset."""
+    """Plays fixed-length rollouts. Each continues where the last one stopped, even within an episode or at a ghost."""
 
     def __init__(
         self,
@@ -70,22 +70,35 @@ class Collector:
         with_values: bool = True,
         all_sum: AllSum = local_sum,
     ) -> None:
-        """rows: the global index of each environment, 0 .. n - 1 if None. Resets the environments.
+        """Reset the environments.
 
-        whole_episodes: rollouts hold complete episodes alone; the steps of those still running are carried over.
-        masks_actions: infos["action_mask"] says which actions are allowed. with_values: the policy has values.
+        Args:
+            envs: The environments of this process.
+            policy: Chooses the actions and scores them.
+            seed: Seed of the actions.
+            rows: Global index of each environment; 0 .. n - 1 if None.
+            device: Where the policy is and trajectories go.
+            whole_episodes: Rollouts hold only complete episodes; steps of unfinished ones are carried over.
+            masks_actions: Read the allowed actions from infos["action_mask"].
+            with_values: Compute the policy's values; otherwise they are 0.
+            all_sum: Sums a tensor over all processes.
         """
-        self.envs, self.policy, self.seed, self.device = envs, policy, seed, torch.device(device)
+        self.envs = envs
+        self.policy = policy
+        self.seed = seed
+        self.device = torch.device(device)
         self.mode = autoreset_mode(envs)
         self.ghosts_follow_ends = self.mode == AutoresetMode.NEXT_STEP
         self.reports_games = reports_games(envs)
-        self.whole_episodes, self.masks_actions, self.with_values = whole_episodes, masks_actions, with_values
+        self.whole_episodes = whole_episodes
+        self.masks_actions = masks_actions
+        self.with_values = with_values
         self.all_sum = all_sum
         self.rows = torch.tensor(range(envs.num_envs) if rows is None else rows)
         num = envs.num_envs
-        self.is_ghost = np.zeros(num, dtype=bool)  # the coming step only resets
-        self.steps_done = torch.zeros(num, dtype=torch.int64)  # real steps of each row: keys its actions
-        self.returns = np.zeros(num)  # of the episodes now running
+        self.is_ghost = np.zeros(num, dtype=bool)  # rows whose next step only resets
+        self.steps_done = torch.zeros(num, dtype=torch.int64)  # real steps of each row; part of the key of its actions
+        self.returns = np.zeros(num)  # of the running episodes
         self.lengths = np.zeros(num, dtype=np.int64)
         self.carried: list[Segment] | None = None  # steps of unfinished episodes, if whole_episodes
         observation, infos = envs.reset()
@@ -95,10 +108,10 @@ class Collector:
     def collect(self, num_steps: int, version: int = 0) -> Rollout:
         """Play `num_steps` steps of every environment and score them with the policy's present weights.
 
-        version: how many updates the policy has seen.
+        version: how many updates the policy has had.
 
-        With whole_episodes, the rollout holds the episodes that ended in it, from their first step on; it is prolonged
-        by as many steps again while not one ended, on any process.
+        With whole_episodes, the rollout holds the episodes that ended in it, from their first step on. As long as no
+        episode has ended on any process, another `num_steps` steps are played.
         """
         record = self._play(num_steps, version)
         made = int(record.mask.sum())
@@ -112,7 +125,7 @@ class Collector:
             made += int(record.mask.sum())
         raise TrainingError(
             f"No episode ended in {_MOST_ROLLOUTS_PER_EPISODE} rollouts of {num_steps} steps, and whole_episodes learns "
-            "from complete ones alone: set environment.max_episode_steps, or whole_episodes to false."
+            "from complete ones only: set environment.max_episode_steps, or whole_episodes to false."
         )
 
     def _play(self, num_steps: int, version: int) -> Record:
@@ -123,7 +136,8 @@ class Collector:
         each = np.arange(num)
         with torch.inference_mode():
             for t in range(num_steps):
-                record.observations[t], record.mask[t] = self.observation, ~self.is_ghost
+                record.observations[t] = self.observation
+                record.mask[t] = ~self.is_ghost
                 masks = None
                 if record.action_masks is not None:
                     record.action_masks[t] = self.action_mask
@@ -133,28 +147,28 @@ class Collector:
                 record.actions[t], record.logprobs[t] = actions.cpu().numpy(), logprobs.cpu().numpy()
                 self._step(record, t, self.policy.env_actions(actions))
                 made += record.mask[t]
-        self.observation = np.array(self.observation)  # the environments may reuse their buffer
+        self.observation = np.array(self.observation)  # a copy: the environments may reuse their buffer
         self.steps_done += torch.from_numpy(made)
         self._check(record)
-        if self.whole_episodes:  # steps are carried over to later versions
+        if self.whole_episodes:  # these steps may be used after later updates
             record.versions = np.full_like(record.mask, version, dtype=np.int64)
         return record
 
     def _draws(self, num_steps: int) -> np.ndarray:
-        """(rows, steps, num_draws) uniform numbers: of the real steps that each row may come to make."""
+        """Uniform numbers, (rows, steps, num_draws), for the next `num_steps` real steps of each row."""
         steps = self.steps_done[:, None, None] + torch.arange(num_steps)[:, None]
         dimensions = torch.arange(self.policy.family.num_draws)
         return uniform(self.seed, ACTIONS, steps, self.rows[:, None, None], dimensions).numpy()
 
     def _step(self, record: Record, t: int, actions: np.ndarray) -> None:
-        """Step the environments and write down what they answer to the actions of time t."""
+        """Step the environments with the actions of time t, and record rewards, ends and final observations."""
         self.observation, rewards, terminated, truncated, infos = self.envs.step(actions)
         ends = terminated | truncated
         record.rewards[t], record.terminated[t], record.ends[t] = rewards, terminated, ends
         self.returns += record.rewards[t]  # 0 at a ghost
         self.lengths += record.mask[t]
         self.action_mask = self.allowed(infos, ends, None)
-        if self.reports_games:  # a lost life ends an episode for learning; what is reported is the whole game
+        if self.reports_games:  # a lost life ends an episode for learning; whole games are reported
             self._note_games(record, t, infos, ends)
         if ends.any():
             self._finish(record, t, ends, infos)
@@ -162,7 +176,7 @@ class Collector:
             self.is_ghost = ends
 
     def _finish(self, record: Record, t: int, ends: np.ndarray, infos: dict[str, Any]) -> None:
-        """Returns and lengths by our own arithmetic (the wrappers' differ between modes and versions); final states."""
+        """Record final observations, and our own returns and lengths (those of wrappers differ between modes)."""
         if not self.reports_games:
             record.finished[t, ends, 0], record.finished[t, ends, 1] = self.returns[ends], self.lengths[ends]
         self.returns[ends], self.lengths[ends] = 0.0, 0
@@ -178,26 +192,26 @@ class Collector:
                 self._note_games(record, t, after, ends)
 
     def _note_games(self, record: Record, t: int, infos: dict[str, Any], ends: np.ndarray) -> None:
-        """A game may also end in what a reset does after a lost life, and is then told with the reset."""
+        """Record the games that ended. The reset after a lost life makes a step, which may end the game too."""
         over, returns, lengths = finished_games(infos, ends)
         record.finished[t, over, 0], record.finished[t, over, 1] = returns[over], lengths[over]
 
     def allowed(self, infos: dict[str, Any], ends: np.ndarray, before: np.ndarray | None) -> np.ndarray | None:
-        """(rows, choices) bool: the actions that are allowed in the coming step."""
+        """(rows, choices) bool: the actions that are allowed in the next step."""
         if not self.masks_actions:
             return None
         return action_masks(infos, self.policy.family.num_params, ends, before)
 
     @torch.no_grad()
     def _score(self, record: Record, num_steps: int) -> Rollout:
-        """Old log-probs, values and distributions from the training forward, in one pass over the rollout."""
+        """Compute old log-probs, values and distributions by the training forward, in one pass over the rollout."""
         observations = self._to_policy(record.observations).transpose(0, 1)  # (rows, time, ...)
         inputs = {"observations": observations.contiguous()}
         if record.action_masks is not None:
             inputs["action_mask"] = self._rows_first(record.action_masks)
         actions = self._rows_first(record.actions)
         if actions.is_floating_point():
-            actions = actions.to(self.policy.dtype)  # as drawn: nothing is lost
+            actions = actions.to(self.policy.dtype)  # the dtype in which they were drawn, so without loss
         rows, time = actions.shape[:2]
         outputs = self.policy(
             {name: tensor.flatten(0, 1) for name, tensor in inputs.items()},
@@ -231,7 +245,7 @@ class Collector:
         return Rollout(trajectories, self._rows_first(record.finished), num_steps)
 
     def _next_values(self, record: Record, values: Tensor) -> Tensor:
-        """V of what follows each step: the next step's, the final observation's, the coming observation's at the end."""
+        """V of each step's successor: the next step, the final observation, or at the end the present one."""
         last = [self.observation, *(observation[None] for _, _, observation in record.final_observations)]
         last_values = self.policy.values(self._to_policy(np.concatenate(last)))
         next_values = torch.cat([values[:, 1:], last_values[: len(values), None]], dim=1)
@@ -244,12 +258,12 @@ class Collector:
         return torch.from_numpy(array).transpose(0, 1).contiguous().to(self.device)
 
     def _to_policy(self, observations: np.ndarray) -> Tensor:
-        """Real numbers in the policy's precision; images stay bytes until the network scales them."""
+        """Observations as a tensor: floats in the policy's dtype, integers as they are (the network scales images)."""
         tensor = torch.from_numpy(observations)
         return tensor.to(self.device, self.policy.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _check(self, record: Record) -> None:
-        """An environment that gives a NaN is named before anything is learnt from it."""
+        """Raise TrainingError, naming the environment, if a reward or observation is not finite."""
         if not np.isfinite(record.rewards).all():
             t, row = np.argwhere(~np.isfinite(record.rewards))[0]
             raise self._not_finite("reward", record.rewards[t, row], row, t)

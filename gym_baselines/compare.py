@@ -36,22 +36,22 @@ from rlhf.errors import InputError
 
 OWN = ("reinforce", "a2c", "trpo", "ppo", "ppo_penalty")
 THRESHOLDS = {"Pendulum-v1": -230.0}
-"""Where Gymnasium gives none."""
+"""Return thresholds of environments for which Gymnasium defines none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Algorithms beside each other on one environment, each at its own preset."""
+    """Compare algorithms on one environment, each with its own preset."""
 
     env: str = "CartPole-v1"
     """Gymnasium id of the environment."""
     algorithms: list[str] = field(default_factory=lambda: list(OWN))
-    """Any of reinforce, a2c, trpo, ppo, ppo_penalty, and of Stable-Baselines3 sb3_dqn, sb3_sac, sb3_ppo, sb3_a2c, sb3_trpo;
-    also with commas: ppo,a2c."""
+    """Any of reinforce, a2c, trpo, ppo, ppo_penalty and, from Stable-Baselines3, sb3_dqn, sb3_sac, sb3_ppo, sb3_a2c,
+    sb3_trpo. May be separated by commas: ppo,a2c."""
     seeds: int = 5
     """Runs of each algorithm, with seeds 0, 1, ..."""
     total_steps: int | None = None
-    """Environment steps of every run; each algorithm's preset if null."""
+    """Environment steps of every run; as in each algorithm's preset if null."""
     eval_every: int = 5_000
     """Environment steps between two evaluations."""
     eval_episodes: int = 20
@@ -63,9 +63,9 @@ class CompareConfig:
     output_dir: str | None = None
     """Folder of the results; runs/compare-ENV if null."""
     workers: int = 1
-    """Runs at the same time, one thread each; CPU seconds are only fair if there are as many idle cores."""
+    """Runs at the same time, one thread each. CPU seconds are comparable only if as many cores are idle."""
     overwrite: bool = False
-    """Measure again what the folder already holds."""
+    """Measure again even if the folder already holds results."""
 
     def __post_init__(self) -> None:
         names = [name.strip() for text in self.algorithms for name in text.split(",") if name.strip()]
@@ -73,9 +73,9 @@ class CompareConfig:
         known = (*OWN, *PEERS)
         for name in self.algorithms:
             if name not in known:
-                raise InputError(f"algorithms: {name!r} is not known. Choose of {', '.join(known)}.")
+                raise InputError(f"algorithms: {name!r} is not known. Choose from {', '.join(known)}.")
         if not self.algorithms:
-            raise InputError(f"algorithms is empty: choose of {', '.join(known)}.")
+            raise InputError(f"algorithms is empty: choose from {', '.join(known)}.")
         for setting in ("seeds", "eval_every", "eval_episodes", "final_episodes", "workers"):
             if getattr(self, setting) < 1:
                 raise InputError(f"{setting} must be at least 1, got {getattr(self, setting)}.")
@@ -88,12 +88,12 @@ class CompareConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, then write curves.png, table.md, table.txt and summary.json, and print the tables."""
+    """Do the missing runs, write curves.png, table.md, table.txt and summary.json, and print the tables."""
     compare(parse(CompareConfig, argv, description="Compare algorithms over seeds, each run in its own process."))
 
 
 def compare(config: CompareConfig) -> list[Summary]:
-    """The summaries, in the order of config.algorithms."""
+    """Measure, report, and return the summaries in the order of config.algorithms."""
     for algorithm in config.algorithms:
         if algorithm in PEERS:
             require(algorithm, config.env)
@@ -114,13 +114,13 @@ def compare(config: CompareConfig) -> list[Summary]:
 def threshold_of(config: CompareConfig) -> float | None:
     if config.threshold is not None:
         return config.threshold
-    make_env(config.env, seed=0, row=0).close()  # an unknown id is refused here, before the first process starts
+    make_env(config.env, seed=0, row=0).close()  # refuses an unknown id before the first process starts
     own = gym.spec(config.env).reward_threshold
     return THRESHOLDS.get(config.env) if own is None else float(own)
 
 
 def jobs_of(config: CompareConfig) -> list[Job]:
-    """The lines of every algorithm; then the runs, seed by seed, so that what is interrupted has all algorithms."""
+    """Jobs that count lines, then the runs, seed by seed: so an interrupted comparison covers all algorithms."""
     lines = [
         Job(f"{name}-lines", RunSpec(env=config.env, algorithm=name, seed=0, total_steps=1, eval_every=1), task="lines")
         for name in config.algorithms
@@ -164,9 +164,10 @@ def report(
     summaries: Sequence[Summary],
     threshold: float | None,
 ) -> None:
-    """Write and print everything that is made of the results."""
+    """Write the tables, the summary and the figure of the results; print the tables."""
     tables = [measured_table(summaries, threshold), quoted_table(summaries, threshold)]
-    notes, folder = footnotes(config, threshold), config.folder
+    notes = footnotes(config, threshold)
+    folder = config.folder
     (folder / "table.txt").write_text("\n\n".join([*map(plain, tables), notes]) + "\n")
     (folder / "table.md").write_text("\n\n".join([*map(markdown, tables), notes]) + "\n")
     write_json(folder / "summary.json", [as_json(one) for one in summaries])
@@ -178,7 +179,7 @@ def report(
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """JSON has no infinity: what was never reached is null."""
+    """The summary as JSON values; infinity (threshold never reached) becomes null, since JSON has no infinity."""
     return {
         name: None if isinstance(value, float) and math.isinf(value) else value
         for name, value in summary._asdict().items()
@@ -200,10 +201,10 @@ def footnotes(config: CompareConfig, threshold: float | None) -> str:
         "CPU: this process's seconds, one thread, without evaluation. Peak memory: of the whole process, Python and torch "
         "included.",
         "KL per update: exact KL(old || new) in nats at 256 states that the policy visits, median over all updates and "
-        "seeds; - where updates are not meant to be bounded by it.",
-        "Lines of code: those of the library that two rollouts and updates really execute, without comments, docstrings "
-        "and `def` lines; own: those that not every algorithm of the same library in this table executes. Between "
+        "seeds; - where it is not measured (off-policy algorithms).",
+        "Lines of code: lines of the library that two rollouts and updates really execute, without comments, docstrings "
+        "and `def` lines. Own: those that not all algorithms of the same library in this table execute. Between "
         "libraries the numbers also differ by style.",
-        "Complexity, sample efficiency, stability: the words usually quoted, beside what was measured here.",
+        "Complexity, sample efficiency, stability: the usual ratings, next to what was measured here.",
     ]
     return "\n".join(f"- {line}" for line in lines)

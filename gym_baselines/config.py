@@ -23,47 +23,47 @@ class TrainConfig:
     env: str = "CartPole-v1"
     """Gymnasium id of the environment."""
     algorithm: AlgorithmName = "ppo"
-    """Whose defaults and presets these settings started from; the other settings alone decide what is computed."""
+    """Algorithm whose defaults and preset were the starting point; only the other settings decide what is computed."""
     seed: int = 0
-    """Decides everything random: weights, start states, actions, minibatches."""
+    """Seed of everything random: weights, start states, actions, minibatches."""
     total_steps: int = 100_000
-    """Environment steps to train for, over all environments; the rollout that reaches it is completed."""
+    """Environment steps to train for, over all environments; the rollout that reaches this number is completed."""
     num_envs: int = 8
     """Environments played side by side."""
     rollout_steps: int = 128
     """Steps of each environment between two updates."""
     whole_episodes: bool = False
-    """Learn from complete episodes alone; the steps of those still running wait for their end (REINFORCE). They were
-    then played by a slightly older policy, so let rollouts be long beside episodes."""
+    """Learn from complete episodes only (REINFORCE). Steps of an unfinished episode are carried over to the update
+    after its end; a slightly older policy played them, so make rollouts long compared with episodes."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     """How environments are made, stepped and reset."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     """The policy and value networks."""
     normalize_rewards: bool = False
-    """Divide rewards by the running deviation of their discounted sum, and limit them to +-10."""
+    """Divide rewards by the running standard deviation of their discounted sum, and clip them to +-10."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
-    """Adam, or RMSprop with decay 0.99 (A2C's)."""
+    """Adam, or RMSprop with decay 0.99 (as in A2C)."""
     optimizer_eps: float = 1e-5
     """The optimizer's epsilon."""
     learning_rate: float = 3e-4
-    """At the start; TRPO's is that of the value network alone."""
+    """Learning rate at the start of the run; with TRPO it applies to the value network only."""
     lr_schedule: Literal["linear", "constant"] = "linear"
-    """Let the learning rate fall linearly to 0 over the run, or keep it."""
+    """Let the learning rate fall linearly to 0 over the run, or keep it constant."""
     ppo: PPOConfig = field(
         default_factory=lambda: PPOConfig(
             kl_coef=0.0, gamma=0.99, value_coef=1.0, value_clip_range=None, normalize_advantages="minibatch"
         )
     )
-    """Objective and advantages, of every algorithm; here with control's usual defaults."""
+    """Objective and advantages of every algorithm (not only PPO), with defaults that are usual for control tasks."""
     trust_region: TrustRegionConfig | None = None
-    """TRPO's policy step, instead of gradient steps on the surrogate; off if null."""
+    """TRPO's policy step, which replaces gradient steps on the surrogate; off if null."""
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(num_epochs=10, minibatch_size=64, max_grad_norm=0.5)
     )
-    """How a rollout becomes gradient steps; minibatch_size counts transitions."""
+    """How the optimizer steps on a rollout; minibatch_size counts transitions."""
     compile: bool = False
-    """Compile a whole optimizer step as one graph: small networks, one process, and a C++ compiler. Costs some seconds
-    once and saves most of an update's time after that."""
+    """Compile each optimizer step as one graph. Needs a small network, one process and a C++ compiler. Costs some
+    seconds at the start and then saves most of the time of an update."""
     device: Literal["cpu", "auto"] = "cpu"
     """Small networks are fastest on the CPU; auto takes a GPU if there is one (Atari)."""
     eval_every: int | None = None
@@ -71,19 +71,19 @@ class TrainConfig:
     eval_episodes: int = 20
     """Episodes of each evaluation."""
     final_episodes: int = 100
-    """Episodes of the evaluation with which the command `train` ends, greedy and as often drawn."""
+    """Episodes of the evaluation that ends the command `train`: as many with greedy as with sampled actions."""
     checkpoint_every: int | None = 50_000
-    """Environment steps between two checkpoints in output_dir, from which a run can be resumed; none if null."""
+    """Environment steps between two checkpoints in output_dir, from which the run can be resumed; none if null."""
     keep_checkpoints: int = 1
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints to keep."""
     output_dir: str | None = None
     """Folder for the trained agent, checkpoints and metrics; nothing is written if null."""
     overwrite: bool = False
-    """Replace a run that output_dir already holds."""
+    """Replace the run that output_dir already holds."""
     resume: bool = False
-    """Continue the run in output_dir from its newest checkpoint, to the last bit as if it had never stopped."""
+    """Continue the run in output_dir from its newest checkpoint, bit for bit as if it had never stopped."""
     tensorboard: bool = False
-    """Write TensorBoard files to output_dir/tensorboard, under Stable-Baselines3's names."""
+    """Write TensorBoard files to output_dir/tensorboard, with Stable-Baselines3's metric names."""
     progress_bar: bool = True
     """Show a progress bar on the terminal."""
 
@@ -165,12 +165,12 @@ class TrainConfig:
             )
 
     def learning_rate_at(self, progress: float) -> float:
-        """A function of the share of the run that is done: there is no scheduler to save."""
+        """The learning rate when the share `progress` of the run is done. Pure: no scheduler needs saving."""
         return self.learning_rate * (1.0 - progress if self.lr_schedule == "linear" else 1.0)
 
     @property
     def batch_size(self) -> int:
-        """Transitions of one rollout, ghosts included."""
+        """Transitions of one rollout, ghost steps included."""
         return self.num_envs * self.rollout_steps
 
 
@@ -184,7 +184,7 @@ ALIASES = {
     "total_timesteps": "total_steps",
     "clip_range_vf": "value_clip_range",
 }
-"""Stable-Baselines3's names of settings that mean the same here."""
+"""Stable-Baselines3's names -> our names, for settings that mean the same."""
 
 _ELSEWHERE = {
     "vf_coef": "value_coef, which weighs 0.5 (V - R)^2: twice the vf_coef of Stable-Baselines3",
@@ -198,10 +198,10 @@ _ELSEWHERE = {
 
 
 def with_settings(config: TrainConfig, **changes: Any) -> TrainConfig:
-    """`config` with settings changed by name, wherever they live: `learning_rate`, `clip_range`, `hidden_sizes`, ...
+    """`config` with settings changed by name, in whichever group they are: `clip_range`, `hidden_sizes`, ...
 
-    Whole groups (`ppo=PPOConfig(...)`) and Stable-Baselines3's names (`ALIASES`) are taken too. InputError for a name that
-    is no setting.
+    Also accepts whole groups (`ppo=PPOConfig(...)`) and Stable-Baselines3's names (`ALIASES`). Raises InputError for a
+    name that is not a setting.
     """
     for theirs, ours in ALIASES.items():
         if theirs in changes and ours in changes:
@@ -232,7 +232,7 @@ def _unknown(name: str, config: TrainConfig) -> str:
 
 
 def _plain(group: Any, name: str, value: Any) -> Any:
-    """As the setting wants it: [64, 64] is a tuple, and 1e6 steps are an integer."""
+    """`value` in the type of the setting: a list becomes a tuple, and 1e6 steps an integer."""
     if isinstance(value, list):
         return tuple(value)
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:

@@ -1,4 +1,4 @@
-"""How good a policy is: complete episodes from start states that training never saw."""
+"""Evaluates a policy on complete episodes, from start states that training never uses."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Evaluation:
 
     @property
     def std(self) -> float:
-        """Over episodes (ddof 0), not of the mean."""
+        """Standard deviation over episodes (ddof 0), not the standard error of the mean."""
         return float(self.returns.std())
 
     def __iter__(self) -> Iterator[float]:
@@ -54,18 +54,27 @@ def evaluate(
     options: EnvironmentConfig | None = None,
     num_envs: int = 100,
 ) -> Evaluation:
-    """Play `episodes` episodes, each from a start state of its own, so that short ones are not over-represented.
+    """Play complete episodes, one from each start state, so that short ones are not over-represented.
 
-    agent: an agent, a learner or a bare policy. env: an id or a function that makes one environment; that of the agent's
-    training if None. greedy: the most likely action; otherwise actions are drawn, a pure function of (seed, episode,
-    step). options: how environments are made; as in the agent's training if None. In Atari an episode is a whole game.
-    num_envs: how many are open at a time, which changes memory and speed alone.
-    Raises TrainingError if a reward or an observation is not finite.
+    In Atari an episode is a whole game.
+
+    Args:
+        agent: An `Agent`, a learning algorithm such as `PPO`, or a bare policy.
+        env: An id or a function that makes one environment; if None, the environment of the agent's training.
+        episodes: Number of episodes.
+        seed: Seed of start states and sampled actions.
+        greedy: Take the most likely actions. Otherwise sample them, as a pure function of (seed, episode, step).
+        options: How environments are made; if None, as in the agent's training.
+        num_envs: How many environments are open at a time; affects only memory and speed.
+
+    Raises:
+        InputError: The environment is unknown, or does not fit the policy.
+        TrainingError: A reward or an observation is not finite, or an action mask allows nothing.
     """
     for name, number in (("episodes", episodes), ("num_envs", num_envs)):
         if number < 1:
             raise InputError(f"{name} must be at least 1, got {number}.")
-    agent = getattr(agent, "agent", agent)  # of a learner
+    agent = getattr(agent, "agent", agent)  # PPO and its siblings hold an Agent
     if isinstance(agent, Agent):
         options = options or agent.environment_config()
         env = env or agent.make_env or agent.env
@@ -85,15 +94,17 @@ def evaluate(
 
 
 class _Episode:
-    """One environment and what it is in."""
+    """One environment and the state of its running episode."""
 
     def __init__(self, env: SeededResets, number: int) -> None:
-        self.env, self.number = env, number
-        self.total, self.length = 0.0, 0
+        self.env = env
+        self.number = number
+        self.total = 0.0
+        self.length = 0
         self.observation, self.info = env.reset()
 
     def step(self, action: Any) -> bool:
-        """Whether that was the last one. Where whole games are reported, a lost life ends nothing."""
+        """Make one step; True if it was the last. If whole games are reported, a lost life does not end the episode."""
         self.observation, reward, terminated, truncated, self.info = self.env.step(action)
         self.length += 1
         self.total += float(reward)
@@ -122,12 +133,16 @@ class _Episode:
 
 
 class _Games:
-    """Episodes side by side, one forward for all of them per step."""
+    """Plays several episodes at once, with one forward per step for all of them."""
 
     def __init__(
         self, policy: ActorCritic, env: str | EnvFactory, options: EnvironmentConfig, seed: int, greedy: bool
     ) -> None:
-        self.policy, self.env, self.options, self.seed, self.greedy = policy, env, options, seed, greedy
+        self.policy = policy
+        self.env = env
+        self.options = options
+        self.seed = seed
+        self.greedy = greedy
         self.parts = torch.arange(policy.num_draws)
 
     def play(self, episodes: int, num_envs: int) -> Evaluation:
@@ -162,12 +177,13 @@ class _Games:
         return _Episode(env, number)
 
     def _actions(self, running: list[_Episode]) -> np.ndarray:
-        """The environments' actions for what they show now."""
+        """Actions for the present observations, as the environments take them."""
         observations = np.stack([episode.observation for episode in running])
         if observations.dtype.kind == "f" and not np.isfinite(observations).all():
             episode = next(e for e in running if not np.isfinite(e.observation).all())
             raise episode.not_finite("observation", episode.observation)
-        policy, rows = self.policy, torch.from_numpy(observations)
+        policy = self.policy
+        rows = torch.from_numpy(observations)
         rows = rows.to(policy.device, policy.dtype if rows.is_floating_point() else rows.dtype)
         mask = self._mask(running)
         if self.greedy:
@@ -177,7 +193,7 @@ class _Games:
         return policy.env_actions(policy.sample(rows, draws, mask)[0])
 
     def _mask(self, running: list[_Episode]) -> torch.Tensor | None:
-        """What info["action_mask"] allows, if the environments' options say that it is there."""
+        """The action masks in the infos, if options.action_masks is true; otherwise None."""
         if not self.options.action_masks:
             return None
         missing = [episode.number for episode in running if "action_mask" not in episode.info]

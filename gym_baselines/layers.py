@@ -1,4 +1,4 @@
-"""What the networks are made of: layers with the initialisation that PPO wants, the Atari convolutions, normalisation."""
+"""Building blocks of networks: layers with PPO's initialisation, Atari convolutions, observation normalisation."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,11 +14,11 @@ from rlhf.core.masking import AllSum, local_sum
 from rlhf.errors import InputError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
-_LIMIT = 10.0  # of normalised observations
+_LIMIT = 10.0  # normalised observations are clipped to +- this
 
 
 def mlp(sizes: Sequence[int], activation: str, last_gain: float, generator: torch.Generator) -> nn.Sequential:
-    """Layers of these widths; the last is the head."""
+    """Linear layers of these widths, with activations between them. last_gain: initialisation gain of the last one."""
     hidden = hidden_layers(sizes[:-1], activation, generator)
     return nn.Sequential(*hidden, _linear(sizes[-2], sizes[-1], last_gain, generator))
 
@@ -35,14 +35,14 @@ def _linear(width_in: int, width_out: int, gain: float, generator: torch.Generat
 
 
 def _initialised(layer: Any, gain: float, generator: torch.Generator) -> nn.Module:
-    """Orthogonal weights without a draw from the global generator, biases 0."""
+    """Set orthogonal weights, drawn from `generator` and not from the global one, and biases 0."""
     nn.init.orthogonal_(layer.weight, gain, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class NatureCNN(nn.Module):
-    """Three convolutions and a layer of 512 (Mnih et al. 2015, Nature 518), for pictures scaled to [0, 1]."""
+    """Three convolutions and a linear layer of 512 (Mnih et al. 2015, Nature 518), for images scaled to [0, 1]."""
 
     width = 512
 
@@ -71,9 +71,9 @@ class NatureCNN(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """(x - mean) / sqrt(var + 1e-8), limited to +-10; the identity within these limits before the first update.
+    """(x - mean) / sqrt(var + 1e-8), clipped to +-10; before the first update, x clipped to +-10.
 
-    The statistics change in `update` alone, once per rollout, so that acting, learning and evaluation see the same
+    Only `update`, called once per rollout, changes the statistics, so that acting, learning and evaluation use the same
     function (Huang et al. 2022, "The 37 implementation details of PPO", robotics details 6 and 7). They are buffers:
     saved with the weights.
     """
@@ -94,12 +94,13 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, observations: Tensor, mask: Tensor, all_sum: AllSum = local_sum) -> None:
-        """Take in the observations, (rows, time, *shape), where `mask`, (rows, time), of all processes.
+        """Add all processes' observations, (rows, time, *shape), where `mask`, (rows, time), to the statistics.
 
-        Moments are computed in float64 in two passes and merged with those so far (Chan, Golub and LeVeque 1983), so the
-        result does not depend on how rows are spread over processes.
+        Moments are computed in float64 in two passes and merged with the old ones (Chan, Golub and LeVeque 1983), so
+        the result does not depend on how rows are distributed over processes.
         """
-        flat, counted = observations.double().flatten(0, 1), mask.flatten()
+        flat = observations.double().flatten(0, 1)
+        counted = mask.flatten()
         counts = counted.view(-1, *[1] * (flat.dim() - 1))
         count = all_sum(counted.sum().double())
         if count == 0:

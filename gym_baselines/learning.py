@@ -1,4 +1,4 @@
-"""How control tasks learn: what they give the `Learner`, and the schedule of a run."""
+"""The parts that training on control tasks passes to the `Learner`, and the schedule of a run."""
 
 from collections.abc import Callable
 
@@ -15,17 +15,19 @@ from rlhf.types import TrainingBatch
 AGREEMENT = Agreement(
     bound=1e-3, remedy="The policy must be a pure function of the observation: no dropout, no batch statistics."
 )
-"""The policy that acts and the one that trains are one, in one precision."""
+"""How closely the log-probs of acting and training must agree: both use the same policy in the same precision."""
 
 
 class Schedule:
-    """The environment steps over which learning rate and clip range fall; a part of the run's checkpoints."""
+    """The environment steps over which learning rate and clip range fall; saved in the run's checkpoints."""
 
     def __init__(self, start: int, planned: int) -> None:
-        self.start, self.planned, self.end = start, planned, start + planned
+        self.start = start
+        self.planned = planned
+        self.end = start + planned
 
     def progress(self, steps: int) -> float:
-        """The share that is done after so many environment steps."""
+        """The share of the run that is done after `steps` environment steps in all."""
         return (steps - self.start) / (self.end - self.start)
 
     def state(self, step: int) -> Saved:
@@ -53,11 +55,11 @@ def stepper_of(config: TrainConfig) -> Callable[..., Stepper]:
 
 
 def transitions(batch: TrainingBatch) -> TrainingBatch:
-    """Every transition a row of its own; ghost steps stay, with weight 0, so that all batches have one size."""
+    """Each transition as a row. Ghost steps are kept with weight 0, so that all batches have the same size."""
     return batch.flatten()
 
 
 def real_transitions(batch: TrainingBatch) -> TrainingBatch:
-    """The transitions that count: whole episodes are filled up to the longest."""
+    """Each real transition as a row, without the padding that fills whole episodes up to the longest."""
     batch = batch.flatten()
     return batch.select(batch.mask.squeeze(1))

@@ -1,4 +1,4 @@
-"""Policies: the collector asks them for actions, the update for log-probs, values, entropy and divergences."""
+"""Policy and value networks: actions for the collector; log-probs, values, entropy and KL for the update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from rlhf.settings import check_types
 from rlhf.types import Inputs, PolicyOutputs
 
 Features = Callable[[gym.Space], nn.Module]
-"""Makes, for an observation space, a module from observations (rows, *shape) to features (rows, width)."""
+"""Makes, from an observation space, a module that maps observations (rows, *shape) to features (rows, width)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +28,22 @@ class NetworkConfig:
     """The policy and value networks."""
 
     hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers. Not used where features come from convolutions or from a module of your own."""
+    """Widths of the hidden layers. Not used if convolutions or a module of your own compute the features."""
     value_hidden_sizes: tuple[int, ...] | None = None
-    """Those of the value network, if they are to differ."""
+    """Widths of the value network's hidden layers; hidden_sizes if null."""
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
-    """Between the layers; convolutions always have relu."""
+    """Activation after each hidden layer; convolutions always use relu."""
     shared_trunk: bool = False
-    """One network with two heads. Otherwise policy and values have one each; convolutions are shared in any case."""
+    """One network with two heads. Otherwise policy and values have a network each; convolutions are always shared."""
     squash: bool = False
-    """Box actions are a + b tanh(u), u Gaussian: never beyond the bounds. Otherwise they are Gaussian, and cut for the
-    environment alone."""
+    """Box actions are a + b tanh(u) with u Gaussian, so they stay within the bounds. Otherwise they are Gaussian, and
+    clipped to the bounds only for the environment."""
     log_std_init: float = 0.0
-    """Logarithm of the Gaussian's deviation at the start; it is learnt, and does not depend on the observation."""
+    """Initial log of the Gaussian's standard deviation, which is learnt and does not depend on the observation."""
     encoder: Literal["auto", "mlp", "nature_cnn"] = "auto"
-    """Layers that look at the observation; auto takes the Atari convolutions for pictures (bytes, 36 x 36 or more)."""
+    """Type of the first layers; auto takes the Atari convolutions for images (bytes, 36 x 36 or more), else an MLP."""
     normalize_observations: bool = False
-    """Shift and scale observations by their running mean and deviation, and limit them to +-10."""
+    """Shift and scale observations by their running mean and standard deviation, and clip them to +-10."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -63,16 +63,16 @@ class NetworkConfig:
 
 
 class ActorCritic(nn.Module):
-    """Actions and values for observations: Discrete, MultiDiscrete, MultiBinary or Box actions; see NetworkConfig.
+    """Policy and value function, for Discrete, MultiDiscrete, MultiBinary or Box actions; see NetworkConfig.
 
-    Orthogonal initialisation with gain sqrt(2), 0.01 at the policy head (all actions start about equally likely) and 1 at
-    the value head, biases 0 (Huang et al. 2022, "The 37 implementation details of PPO", core details 2 and 13).
+    Orthogonal initialisation with gain sqrt(2), 0.01 at the policy head (all actions start about equally likely) and 1
+    at the value head, biases 0 (Huang et al. 2022, "The 37 implementation details of PPO", core details 2 and 13).
 
-    Observations are raw everywhere: scaling and normalising happen in here. Any numeric type will do. Actions are counted
-    from 0 and unclipped (`env_actions` makes them the environment's), (rows,) int64 or (rows, parts). An action mask is
-    (rows, choices) bool, True = allowed, the parts of several choices one after the other; a forbidden choice has the
-    probability 0 exactly. A row (or part) that allows nothing is treated as if it allowed everything: so the state
-    after an episode's end, where no action follows, does no harm. Who acts on masks must refuse it elsewhere.
+    Methods take raw observations of any numeric type; scaling and normalising happen in here. Actions are counted from
+    0 and unclipped, (rows,) int64 or (rows, parts); `env_actions` converts them for the environment. An action mask is
+    (rows, choices) bool, True = allowed, with the choices of several parts one after the other; a forbidden choice has
+    probability exactly 0. A row (or part) that allows nothing is treated as if it allowed everything, which is harmless
+    after an episode's end, where no action follows. Callers must refuse such a mask anywhere else.
     """
 
     def __init__(
@@ -84,7 +84,16 @@ class ActorCritic(nn.Module):
         seed: int = 0,
         features: Features | None = None,
     ) -> None:
-        """features: a module of your own in place of the hidden layers; the heads of policy and values stand on it."""
+        """Build the networks.
+
+        Args:
+            observation_space: Of one environment.
+            action_space: Of one environment.
+            config: Settings of the networks; the defaults if None.
+            seed: Seed of the initial weights.
+            features: Makes a module of your own, which replaces the hidden layers of both networks; the policy and
+                value heads take its output.
+        """
         super().__init__()
         self.config = config = config or NetworkConfig()
         check_spaces_supported(observation_space, action_space, squash=config.squash)
@@ -99,7 +108,7 @@ class ActorCritic(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         hidden = config.hidden_sizes
         value_hidden = hidden if config.value_hidden_sizes is None else config.value_hidden_sizes
-        self.body: nn.Module | None = None  # what policy and values share
+        self.body: nn.Module | None = None  # layers shared by policy and values
         width = self._num_states or prod(observation_space.shape or ())
         self._flatten = features is None and not self._uses_cnn()
         if features is not None:
@@ -116,7 +125,7 @@ class ActorCritic(nn.Module):
         self.value_net = mlp([width, *value_hidden, 1], config.activation, 1.0, generator)
         log_std = torch.full((outputs,), float(config.log_std_init))
         self.log_std = None if self.family.is_discrete else nn.Parameter(log_std)
-        # In a tuple, so as not to be registered twice; finding it by its index each time would be slow.
+        # In a tuple, so that the module is not registered twice. Looking it up by index each time would be slow.
         self._value_head = (self.value_net[-1],)
 
     # ---- for learning ----
@@ -129,10 +138,17 @@ class ActorCritic(nn.Module):
         with_entropy: bool = False,
         old_distribution: Tensor | None = None,
     ) -> PolicyOutputs:
-        """Scores `actions`, (rows, 1) or (rows, 1, parts), at inputs["observations"], (rows, ...); outputs are (rows, 1).
+        """Score actions for the update.
 
-        inputs may hold an "action_mask". `distribution`, (rows, 1, num_params), is always given; `kl`, of
-        old_distribution from this one, if that is passed in.
+        Args:
+            inputs: "observations", (rows, ...), and optionally "action_mask".
+            actions: (rows, 1) or (rows, 1, parts).
+            with_values: Compute values.
+            with_entropy: Compute the entropy.
+            old_distribution: Parameters of an old policy, to compute `kl`, KL(old || this one).
+
+        Returns:
+            Outputs of shape (rows, 1), and always `distribution`, (rows, 1, num_params).
         """
         features = self._features(inputs["observations"])
         params = self._params(features, inputs.get("action_mask")).unsqueeze(1)
@@ -147,13 +163,13 @@ class ActorCritic(nn.Module):
     # ---- for acting ----
 
     def sample(self, observations: Tensor, draws: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Actions and their log-probs, (rows,), from draws in [0, 1), (rows, num_draws) float64."""
+        """Sampled actions and their log-probs, (rows,). draws: uniform in [0, 1), (rows, num_draws) float64."""
         params = self._params(self._features(observations), action_mask)
         actions = self.family.sample(params, draws)
         return actions, self.family.logprobs(params, actions)
 
     def greedy(self, observations: Tensor, action_mask: Tensor | None = None) -> Tensor:
-        """The most likely action of each row; of a squashed Gaussian, the one in the middle (the median)."""
+        """The most likely action of each row; for a squashed Gaussian, the median."""
         return self.family.mode(self._params(self._features(observations), action_mask))
 
     def values(self, observations: Tensor) -> Tensor:
@@ -161,8 +177,9 @@ class ActorCritic(nn.Module):
         return self.value_net(self._features(observations)).squeeze(1)
 
     def env_actions(self, actions: Tensor) -> np.ndarray:
-        """What the environment is to be given: its own first action, shape, type and bounds. (rows, *action shape)"""
-        space, family = self.action_space, self.family
+        """Actions as the environment takes them, (rows, *action shape): in its numbering, shape, type and bounds."""
+        space = self.action_space
+        family = self.family
         numbers = actions.cpu().numpy()
         if isinstance(space, Discrete):
             return numbers + space.start if space.start else numbers
@@ -176,7 +193,7 @@ class ActorCritic(nn.Module):
         assert isinstance(space, Box)
         return np.clip(numbers.astype(space.dtype, copy=False), space.low, space.high)
 
-    # ---- what it is ----
+    # ---- properties ----
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,18 +205,18 @@ class ActorCritic(nn.Module):
 
     @property
     def shares_layers(self) -> bool:
-        """Policy and values have parameters in common."""
+        """Whether policy and values share parameters."""
         return self.body is not None
 
     @property
     def num_draws(self) -> int:
-        """Uniform numbers that one action needs."""
+        """How many uniform numbers sampling one action takes."""
         return self.family.num_draws
 
     # ---- parts ----
 
     def _features(self, observations: Tensor) -> Tensor:
-        """Raw observations -> what the two heads (or separate networks) take, (rows, width)."""
+        """Raw observations -> inputs of the two heads (or of the separate networks), (rows, width)."""
         if self._num_states is not None:
             observations = one_hot(observations.long() - self._first_state, self._num_states)
         prepared = observations.to(self.dtype)
@@ -228,7 +245,7 @@ class ActorCritic(nn.Module):
         return params.masked_fill(~action_mask, MASKED_LOGIT)
 
     def _own_body(self, features: Features, seed: int) -> tuple[nn.Module, int]:
-        """The user's module, initialised by `seed` whatever the global generator's state, and the width of its output."""
+        """The user's module and its output width. Initialised from `seed`, whatever the global generator's state."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             body = features(self.observation_space)

@@ -1,4 +1,4 @@
-"""Scaling of rewards by running statistics that are equal on all processes. (Observations: networks.Normalizer.)"""
+"""Scales rewards by running statistics, equal on all processes. (For observations see layers.Normalizer.)"""
 
 import torch
 from torch import Tensor
@@ -10,20 +10,21 @@ LIMIT = 10.0
 
 
 class RewardScale:
-    """Divides rewards by the running deviation of their discounted sum, without moving their mean, and limits them to +-10.
+    """Divides rewards by the running standard deviation of their discounted sum (no centring), and clips to +-10.
 
-    Huang et al. 2022, "The 37 implementation details of PPO", robotics details 8 and 9. The statistics take in a rollout
-    before it is scaled, once, over all processes.
+    Huang et al. 2022, "The 37 implementation details of PPO", robotics details 8 and 9. Each rollout, over all
+    processes, is added to the statistics once, before it is scaled.
     """
 
     def __init__(self, num_rows: int, *, gamma: float) -> None:
         self.gamma = gamma
-        self.discounted = torch.zeros(num_rows, dtype=torch.float64)  # sums of the episodes now running
+        self.discounted = torch.zeros(num_rows, dtype=torch.float64)  # discounted sums of the running episodes
         self.moments = torch.zeros(3, dtype=torch.float64)  # count, mean, sum of squared deviations
 
     def __call__(self, trajectories: Trajectories, all_sum: AllSum) -> Tensor:
-        """(rows, time): what to learn from instead of trajectories.rewards."""
-        rewards, mask = trajectories.rewards.double().cpu(), trajectories.mask.cpu()
+        """Scaled rewards, (rows, time), which replace trajectories.rewards in learning."""
+        rewards = trajectories.rewards.double().cpu()
+        mask = trajectories.mask.cpu()
         sums = self._discounted_sums(rewards, mask, trajectories.episode_ends.cpu())
         self._take_in(torch.where(mask, sums, 0.0), mask, all_sum)
         count, _, squares = self.moments
@@ -41,7 +42,7 @@ class RewardScale:
         return sums
 
     def _take_in(self, values: Tensor, mask: Tensor, all_sum: AllSum) -> None:
-        """Merge two sets of moments (Chan et al. 1983)."""
+        """Merge the moments of `values` into the running ones (Chan et al. 1983)."""
         count, total = all_sum(torch.stack([mask.sum().double(), values.sum()]))
         mean = total / count.clamp(min=1)
         squares = all_sum(torch.where(mask, (values - mean) ** 2, 0.0).sum())

@@ -1,6 +1,7 @@
-"""`python -m gym_baselines plot NAME`: a picture, its numbers as JSON, and in words what it shows.
+"""`python -m gym_baselines plot NAME`: draws a figure, writes its numbers as JSON, and states the result in words.
 
-Runs are measured one per process and kept as JSON below the output folder: a figure is drawn again without training again.
+Each run is measured in its own process and kept as JSON in the output folder, so a figure can be redrawn without
+training.
 """
 
 import sys
@@ -22,7 +23,8 @@ FIGURES: dict[str, ModuleType] = {
     "penalty": penalty,
     "vector-envs": vector_envs,
 }
-"""Each module has Config (settings), jobs (runs to make), numbers (of the results), draw (the picture), verdict (words)."""
+"""Each module has Config (settings), jobs (runs to make), numbers (computed from the results), draw (makes the picture)
+and verdict (the result in words)."""
 
 
 def usage() -> str:
@@ -36,7 +38,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] not in (*FIGURES, "-h", "--help"):
-        raise InputError(f"plot: there is no figure {arguments[0]!r}; choose of {', '.join(FIGURES)}.")
+        raise InputError(f"plot: there is no figure {arguments[0]!r}; choose from {', '.join(FIGURES)}.")
     if not arguments or arguments[0] not in FIGURES:
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
         print(usage(), file=sys.stdout if asked else sys.stderr)
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def plot(name: str, argv: Sequence[str] = ()) -> Path:
-    """Make the figure; the path of its picture."""
+    """Make the figure and return the path of its picture."""
     figure = FIGURES[name]
     config = parse(figure.Config, list(argv), description=str(figure.Config.__doc__).splitlines()[0])
     folder = Path(config.output_dir or f"runs/plot-{name}")

@@ -1,8 +1,8 @@
-"""Tuned settings of known environments, each with its source. A preset is a set of values, nothing else.
+"""Tuned settings for known environments, each with its source. A preset is only a set of values.
 
 "zoo" is rl-baselines3-zoo's hyperparams/*.yml (commit 22e3ff2), tuned for Stable-Baselines3. Its vf_coef multiplies a
-squared error without our factor 0.5, hence value_coef = 2 vf_coef; its batch_size is our minibatch_size, its `lin_x` are
-our schedules.
+squared error without our factor 0.5, hence value_coef = 2 vf_coef; its batch_size is our minibatch_size, its `lin_x` is
+our linear schedule.
 """
 
 from typing import Any, get_args
@@ -15,7 +15,7 @@ Settings = dict[str, Any]
 
 ALGORITHMS: dict[str, Settings] = {
     "ppo": {},
-    # Schulman et al. 2017, section 4: no clip, the exact KL(old || policy) penalised and steered.
+    # Schulman et al. 2017, section 4: no clip, but an adaptive penalty on the exact KL(old || policy).
     "ppo_penalty": {
         "surrogate": "unclipped",
         "penalty_coef": 1.0,
@@ -34,19 +34,19 @@ ALGORITHMS: dict[str, Settings] = {
         "learning_rate": 7e-4,
         "lr_schedule": "constant",
     },
-    # Williams 1992 with a learnt baseline; whole episodes and whole returns. Settings: ours.
+    # Williams 1992 with a learnt baseline; whole episodes and whole returns. The settings are ours.
     "reinforce": {
         "surrogate": "score",
         "whole_episodes": True,
         "num_envs": 2,
-        "rollout_steps": 512,  # as long as an episode, so that few steps wait for its end while the policy moves on
+        "rollout_steps": 512,  # about one episode, so that few steps are carried over and become off-policy
         "num_epochs": 1,
         "minibatch_size": None,
         "gae_lambda": 1.0,
         "normalize_advantages": "batch",
         "learning_rate": 3e-3,
     },
-    # sb3-contrib's defaults: the policy by trust region, the values by Adam over minibatches.
+    # sb3-contrib's defaults: a trust-region step for the policy, Adam over minibatches for the values.
     "trpo": {
         "trust_region": TrustRegionConfig(),
         "rollout_steps": 256,
@@ -58,7 +58,7 @@ ALGORITHMS: dict[str, Settings] = {
         "max_grad_norm": 1e9,
     },
 }
-"""What makes each algorithm, as changes of TrainConfig's own defaults, which are PPO's."""
+"""Settings that define each algorithm, as changes to TrainConfig's defaults, which are those of PPO."""
 
 _CARTPOLE: Settings = {"total_steps": 100_000, "gamma": 0.98}
 
@@ -76,8 +76,8 @@ _BOX2D: Settings = {  # zoo: LunarLander-v3 and LunarLanderContinuous-v3
 }
 
 _MUJOCO: Settings = {
-    # zoo's mujoco-defaults (its Ant-v4): Stable-Baselines3's own defaults, everything normalised. It tunes Hopper,
-    # HalfCheetah and Walker2d apart, for 1M steps; these settings are the ones that papers compare.
+    # zoo's mujoco-defaults (its Ant-v4): Stable-Baselines3's own defaults, with observations and rewards normalised.
+    # The zoo has tuned settings for Hopper, HalfCheetah and Walker2d (1M steps); these are those that papers compare.
     "total_steps": 1_000_000,
     "num_envs": 1,
     "rollout_steps": 2048,
@@ -109,8 +109,8 @@ _ATARI: Settings = {  # zoo: atari (10M steps, 40M frames)
 
 PRESETS: dict[str, dict[str, Settings]] = {
     "CartPole-v1": {
-        "ppo": {  # zoo, with an entropy bonus: once all episodes are perfect, whitened advantages are noise, and without
-            # the bonus one seed of ten lost the task again
+        "ppo": {  # zoo, plus an entropy bonus: once all episodes are perfect, whitened advantages are noise, and
+            # without the bonus one seed of ten unlearned the task
             **_CARTPOLE,
             "num_envs": 8,
             "rollout_steps": 32,
@@ -130,10 +130,10 @@ PRESETS: dict[str, dict[str, Settings]] = {
             "learning_rate": 1e-3,
             "gae_lambda": 0.8,
         },
-        "a2c": {"total_steps": 500_000, "num_envs": 8, "lr_schedule": "linear"},  # zoo, with a falling rate
+        "a2c": {"total_steps": 500_000, "num_envs": 8, "lr_schedule": "linear"},  # zoo, with a falling learning rate
         "reinforce": {"total_steps": 500_000},
-        "trpo": {  # zoo's batch, damping and value steps; more and shorter rows, since with its 2 x 512 steps and lambda
-            # 0.98 two of four seeds ended at 370 and 420 (as Stable-Baselines3's one of five)
+        "trpo": {  # zoo's batch, damping and value steps, but more and shorter rows: with its 2 x 512 steps and lambda
+            # 0.98, two of four seeds ended at 370 and 420 (like one of five with Stable-Baselines3)
             "total_steps": 100_000,
             "num_envs": 8,
             "rollout_steps": 128,
@@ -170,7 +170,7 @@ PRESETS: dict[str, dict[str, Settings]] = {
         }
     },
     "Pendulum-v1": {
-        "ppo": {  # ours: zoo's needs state-dependent exploration
+        "ppo": {  # ours, since the zoo's needs state-dependent exploration
             "total_steps": 100_000,
             "num_envs": 4,
             "rollout_steps": 1024,
@@ -210,11 +210,11 @@ PRESETS: dict[str, dict[str, Settings]] = {
 
 
 def preset(env: str = "CartPole-v1", algorithm: str = "ppo", **changes: Any) -> TrainConfig:
-    """The tuned settings of an environment, or the general ones if it has none, with some changed by name."""
+    """The tuned settings of an environment, or the algorithm's general ones if it has none, with `changes` by name."""
     if algorithm not in ALGORITHMS:
         raise InputError(f"algorithm must be one of {', '.join(get_args(AlgorithmName))}, got {algorithm!r}.")
     tuned = PRESETS.get(env, {}).get(algorithm, {})
-    if env.startswith("ALE/") and not tuned:  # any game needs the preparation, whatever the algorithm
+    if env.startswith("ALE/") and not tuned:  # every game needs the Atari preparation, whatever the algorithm
         tuned = {"atari": True, "frame_stack": 4, "device": "auto", "total_steps": 10_000_000}
     changed = {ALIASES.get(name, name) for name in changes}
     kept = {name: value for name, value in (ALGORITHMS[algorithm] | tuned).items() if name not in changed}

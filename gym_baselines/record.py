@@ -1,4 +1,4 @@
-"""What the environments answered during a rollout, time first, before it is scored."""
+"""Buffers for the steps of a rollout, time first, before the policy scores them."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ FinalObservation = tuple[int, int, np.ndarray]
 
 
 class Segment(NamedTuple):
-    """Consecutive steps of one row: arrays (steps, ...) by name, and the final observation of each step that has one."""
+    """Consecutive steps of one row: arrays (steps, ...) by name, and final observations by step."""
 
     arrays: dict[str, np.ndarray]
     finals: dict[int, np.ndarray]
 
-    def __len__(self) -> int:  # of its steps, not of the tuple
+    def __len__(self) -> int:  # the number of steps, not of tuple fields
         return len(self.arrays["mask"])
 
     def then(self, other: "Segment") -> "Segment":
@@ -39,7 +39,7 @@ class Segment(NamedTuple):
 
 @dataclass
 class Record:
-    """Time-major buffers of one rollout, (time, rows, ...): one contiguous row is written per step."""
+    """Time-major buffers of one rollout, (time, rows, ...), so that each step is written contiguously."""
 
     observations: np.ndarray
     actions: np.ndarray
@@ -51,16 +51,17 @@ class Record:
     terminated: np.ndarray
     ends: np.ndarray
     finished: np.ndarray
-    """(time, rows, 2): return and length of the episode that ended there, else 0."""
+    """(time, rows, 2): return and length of the episode that ended at this step; 0 if none did."""
     action_masks: np.ndarray | None = None
     versions: np.ndarray | None = None
-    """How many updates the policy had seen when it made the step; None: in all steps as many as now."""
+    """How many updates the policy had had when it made each step. None: in all steps as many as now."""
     final_observations: list[FinalObservation] = field(default_factory=list)
 
     @classmethod
     def empty(cls, num_steps: int, envs: VectorEnv, policy: Any, *, with_masks: bool) -> "Record":
         shape = (num_steps, envs.num_envs)
-        observations, family = envs.single_observation_space, policy.family
+        observations = envs.single_observation_space
+        family = policy.family
         return cls(
             observations=np.empty((*shape, *observations.shape), dtype=observations.dtype),  # type: ignore[misc]
             actions=np.empty((*shape, *family.action_shape), dtype=np.int64 if family.is_discrete else np.float64),
@@ -78,9 +79,9 @@ class Record:
         return Segment(arrays, {t: final for t, r, final in self.final_observations if r == row})
 
     def split_whole_episodes(self, carried: list[Segment] | None) -> tuple["Record", list[Segment]]:
-        """The episodes that have ended, from their first step on, and what each row has of an unfinished one.
+        """Split into the finished episodes, from their first step on, and each row's steps of an unfinished one.
 
-        carried: what the call before left over. Rows are filled up to the longest with steps whose mask is False.
+        carried: the unfinished steps of the previous call. Rows are padded with masked steps to the longest.
         """
         whole, rest = [], []
         for row in range(self.mask.shape[1]):

@@ -1,4 +1,4 @@
-"""How a run on environments is shown: a bar of environment steps, and TensorBoard under the names people know."""
+"""Progress bar of a run on environments, and TensorBoard metrics under Stable-Baselines3's names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,12 +23,14 @@ TENSORBOARD_NAMES = {  # ours -> Stable-Baselines3's
 
 
 class EnvironmentBar(Display):
-    """Counts environment steps over all environments."""
+    """A progress bar that counts environment steps over all environments."""
 
     def __init__(self, config: TrainConfig, *, steps: int, until: int, hidden: bool) -> None:
-        """steps, until: environment steps made so far, and those to be reached."""
+        """steps: environment steps made so far. until: environment steps at the end of the run."""
         self._bar: Any = tqdm(total=until, initial=steps, unit=" steps", desc=config.env, disable=hidden)
-        self._epochs, self._steps, self._made = config.update.num_epochs, steps, 0
+        self._epochs = config.update.num_epochs
+        self._steps = steps
+        self._made = 0
 
     def show(self, metrics: Mapping[str, float], seconds: float) -> None:
         self._made, self._steps = int(metrics["environment_steps"]) - self._steps, int(metrics["environment_steps"])

@@ -1,7 +1,8 @@
-"""What a checkpoint keeps of the environments: where each row is in its episode, and how to bring it back there.
+"""Saves the state of the environments in a checkpoint (where each row is in its episode), and restores it.
 
-A running episode is restored by replaying its actions from its reset. An environment that does not replay (EnvPool, the
-user's own vector environment, or one that is no function of its seed and actions) starts a new episode, and is named.
+A running episode is restored by repeating its actions from its reset. An environment that cannot do this (EnvPool, the
+user's own vector environment, or one that is not a function of its seed and actions) starts a new episode, and is
+reported.
 """
 
 from typing import Any
@@ -16,11 +17,11 @@ from gym_baselines.normalize import RewardScale
 from gym_baselines.record import Segment
 
 Rows = dict[int, dict[str, Any]]
-"""Global row index -> its arrays and numbers by name."""
+"""Global row index -> arrays and numbers of the row, by name."""
 
 
 def row_states(collector: Collector, scale: RewardScale | None) -> Rows:
-    """Where each of this process's rows is."""
+    """The state of each row of this process."""
     rows = collector.rows.tolist()
     records = replay_records(collector.envs, rows) if replays(collector.envs) else {}
     states: Rows = {}
@@ -45,7 +46,7 @@ def row_states(collector: Collector, scale: RewardScale | None) -> Rows:
 
 
 def to_checkpoint(rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, JSON) of all rows."""
+    """The states of all rows as (tensors, JSON values)."""
     tensors, numbers = {}, {}
     for row, state in rows.items():
         for name, value in state.items():
@@ -65,7 +66,7 @@ def from_checkpoint(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Rows
 
 
 def restore_rows(collector: Collector, scale: RewardScale | None, rows: Rows) -> list[int]:
-    """Bring this process's environments back to where they were; the global indices of rows that had to start anew."""
+    """Restore this process's environments; returns the global indices of rows that had to start a new episode."""
     mine = [rows[row] for row in collector.rows.tolist()]
     collector.is_ghost = np.array([state["is_ghost"] for state in mine])
     collector.steps_done = torch.tensor([state["steps_done"] for state in mine])
@@ -84,7 +85,7 @@ def restore_rows(collector: Collector, scale: RewardScale | None, rows: Rows) ->
 
 
 def _replay(collector: Collector, mine: list[dict[str, Any]]) -> list[int]:
-    """The places of the rows that are not where they were."""
+    """Replay the episodes; returns the places (local indices) of the rows that could not be restored."""
     if not replays(collector.envs):
         return list(range(len(mine)))  # they were reset when the collector was made
     records = {row: _record(state) for row, state in zip(collector.rows.tolist(), mine, strict=True)}
@@ -102,8 +103,10 @@ def _replay(collector: Collector, mine: list[dict[str, Any]]) -> list[int]:
 
 
 def _forget(collector: Collector, scale: RewardScale | None, place: int) -> None:
-    """The row's episode is lost: what was counted of it does not belong to the new one."""
-    collector.is_ghost[place], collector.returns[place], collector.lengths[place] = False, 0.0, 0
+    """Reset what was counted of a row's lost episode, since it does not belong to the new one."""
+    collector.is_ghost[place] = False
+    collector.returns[place] = 0.0
+    collector.lengths[place] = 0
     if scale is not None:
         scale.discounted[place] = 0.0
     if collector.carried is not None:

@@ -1,4 +1,4 @@
-"""Environments as a source of trajectories: rollouts, scaled rewards, and what is counted of the episodes."""
+"""Environments as a source of trajectories: rollouts, scaled rewards and episode statistics."""
 
 from collections import deque
 from dataclasses import replace
@@ -30,21 +30,34 @@ class EnvironmentSource:
         rollout_steps: int,
         environment_steps: int = 0,
     ) -> None:
-        """rollout_steps: of each environment in a rollout. environment_steps: made before, over all environments."""
-        self.collector, self.policy, self.reward_scale = collector, policy, reward_scale
-        self.distributed, self.rollout_steps = distributed, rollout_steps
+        """Start counting.
+
+        Args:
+            collector: Plays the environments of this process.
+            policy: The policy that the collector plays with.
+            reward_scale: Scales the rewards; None to leave them.
+            distributed: The processes of the run.
+            rollout_steps: Steps of each environment in a rollout.
+            environment_steps: Steps made before this run, over all environments.
+        """
+        self.collector = collector
+        self.policy = policy
+        self.reward_scale = reward_scale
+        self.distributed = distributed
+        self.rollout_steps = rollout_steps
         self.environment_steps = environment_steps
         self.recent: deque[tuple[float, float]] = deque(maxlen=100)  # (return, length) of the last finished episodes
         self.rollouts = 0
-        """Rollouts that are complete; while one is played, environments and weights belong to different steps."""
+        """Complete rollouts; -1 while one is played, since environments and weights then belong to different steps."""
         self.restarted: list[int] = []
-        """Rows whose episodes could not be continued by `load`, so that they began new ones."""
+        """Rows whose episodes `load` could not continue, so that they began new ones."""
 
     def collect(self, step: int) -> Collected:
-        """One rollout of every environment, continued where the last one stopped."""
+        """Collect one rollout of every environment, continuing where the last one stopped."""
         self.rollouts = -1
         rollout = self.collector.collect(self.rollout_steps, step)
-        trajectories, all_sum = rollout.trajectories, self.distributed.all_sum
+        trajectories = rollout.trajectories
+        all_sum = self.distributed.all_sum
         metrics = self._metrics(trajectories)
         if self.reward_scale is not None:
             trajectories = replace(trajectories, rewards=self.reward_scale(trajectories, all_sum))
@@ -57,13 +70,13 @@ class EnvironmentSource:
         return Collected(trajectories=trajectories, metrics=metrics | counted)
 
     def normalize(self, trajectories: Trajectories) -> None:
-        """Take the observations into the policy's statistics: after the update, which still needs the old ones."""
+        """Add the observations to the normaliser's statistics; only after the update, which needs the old ones."""
         if self.policy.normalizer is not None:
             observations = trajectories.inputs["observations"]
             self.policy.normalizer.update(observations, trajectories.mask, self.distributed.all_sum)
 
     def state(self, step: int) -> Saved | None:
-        """Where each environment is in its episode, and what was counted; None if they have gone on since."""
+        """The environments' states and the counters after `step` rollouts; None if the environments are not there."""
         if self.rollouts != step:
             return None
         rows = self.distributed.gather_objects([row_states(self.collector, self.reward_scale)])
@@ -78,9 +91,10 @@ class EnvironmentSource:
         return Saved(values, {"rows": tensors})
 
     def load(self, saved: Saved) -> None:
-        """Bring the environments back there; `restarted` names those that could not be."""
+        """Restore what `state` saved; `restarted` then lists the rows whose episodes could not be restored."""
         values = saved.values
-        self.environment_steps, self.rollouts = values["environment_steps"], values["rollouts"]
+        self.environment_steps = values["environment_steps"]
+        self.rollouts = values["rollouts"]
         self.recent.extend((value, length) for value, length in values["recent"])
         if self.reward_scale is not None:
             self.reward_scale.moments = torch.tensor(values["reward_moments"], dtype=torch.float64)
@@ -88,7 +102,7 @@ class EnvironmentSource:
         self.restarted = restore_rows(self.collector, self.reward_scale, rows)
 
     def _metrics(self, trajectories: Trajectories) -> dict[str, float]:
-        """How random the policy still is, from the distributions it acted by."""
+        """Entropy of the policy that acted and, for Gaussian actions, its standard deviation."""
         assert trajectories.old_distribution is not None
         entropy = self.policy.family.entropy(trajectories.old_distribution)
         metrics = {"entropy": masked_mean(entropy, trajectories.mask, self.distributed.all_sum).item()}
@@ -97,7 +111,7 @@ class EnvironmentSource:
         return metrics
 
     def _episodes(self) -> dict[str, float]:
-        """Means over the last 100 episodes, in the order in which they ended."""
+        """Mean return and length of the last 100 finished episodes."""
         if not self.recent:
             return {}
         returns, lengths = zip(*self.recent, strict=True)

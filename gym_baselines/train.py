@@ -1,4 +1,4 @@
-"""Training on a Gymnasium environment: the loop of language models, with environments as the source."""
+"""Training on a Gymnasium environment: the same learner as for language models, with environments as its source."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,7 +38,7 @@ _MAY_CHANGE = (
     "keep_checkpoints",
     "tensorboard",
 )
-"""Settings that do not change what a resumed run computes."""
+"""Settings that may differ when a run is resumed, since they do not change what it computes."""
 
 
 def train(
@@ -49,10 +49,18 @@ def train(
     callbacks: Sequence[Callback | StepFunction] = (),
     distributed: Distributed | None = None,
 ) -> Agent:
-    """Train as `config` says and return the agent; with `output_dir`, also write it, its metrics and checkpoints there.
+    """Train as `config` says. With `config.output_dir`, also write the agent, its metrics and checkpoints there.
 
-    env: a function that makes one environment, or a vector environment, instead of the id in `config.env` (which then is
-    just a name). features: observation space -> module that replaces the networks' first layers.
+    Args:
+        config: All settings of the run.
+        env: A function that makes one environment, or a vector environment, to use instead of the id `config.env`,
+            which then is just a label.
+        features: Makes, from the observation space, a module that replaces the networks' hidden layers.
+        callbacks: Called during training; see callbacks.py.
+        distributed: The processes to train with; by default those of the launch.
+
+    Returns:
+        The trained agent.
     """
     training = Training(config, env=env, features=features, distributed=distributed)
     try:
@@ -63,7 +71,7 @@ def train(
 
 
 class Training:
-    """A run that can go on: everything that a step needs or leaves behind, made once."""
+    """A training run and all its parts, made once; `train` may be called again to continue it."""
 
     def __init__(
         self,
@@ -74,8 +82,17 @@ class Training:
         distributed: Distributed | None = None,
         agent: Agent | None = None,
     ) -> None:
-        """agent: continue with this one's policy instead of a new one."""
-        self.config, self._made_by = config, env or config.env
+        """Prepare the run and claim its output folder.
+
+        Args:
+            config: All settings of the run.
+            env: See `train`.
+            features: See `train`.
+            distributed: See `train`.
+            agent: Continue to train this agent's policy, instead of a new one.
+        """
+        self.config = config
+        self._made_by = env or config.env
         self.distributed = distributed or make_group(config)
         rows = self.distributed.share(config.num_envs)
         if agent is None:
@@ -83,7 +100,8 @@ class Training:
             agent = Agent(policy=policy, env=config.env)
         agent.settings = describe(config)
         agent.make_env = self._made_by if callable(self._made_by) else None  # type: ignore[assignment]
-        self.agent, self.policy = agent, agent.policy.to(self.distributed.device)
+        self.agent = agent
+        self.policy = agent.policy.to(self.distributed.device)
         self._check(config)
         self.run = Run(
             config.output_dir,
@@ -94,10 +112,10 @@ class Training:
             writes=(AGENT_FILE, WEIGHTS_FILE, EVALUATION_FILE, "tensorboard"),
             tracker="tensorboard",
         )
-        # Claimed before anything is computed: a refused folder costs nothing.
+        # Claim the folder before anything is computed: if it is refused, no work is lost.
         self.run.open(resume=config.resume, overwrite=config.overwrite)
         self.algorithm = PPO(config.ppo) if config.trust_region is None else TRPO(config.ppo, config.trust_region)
-        if "values" not in self.algorithm.needs:  # several processes wait for a gradient of all that may have one
+        if "values" not in self.algorithm.needs:  # several processes would wait for the gradients of these parameters
             self.policy.value_net.requires_grad_(False)
         self.learner = Learner(
             self.policy,
@@ -137,20 +155,23 @@ class Training:
     # ---- the loop ----
 
     def prolong(self, more: int) -> None:
-        """Let the run go on for `more` environment steps, over which learning rate and clip range fall anew."""
+        """Extend the run by `more` environment steps; learning rate and clip range start anew and fall over these."""
         self.schedule = Schedule(self.agent.environment_steps, more)
 
     def train(self, callbacks: Sequence[Callback | StepFunction] = ()) -> None:
-        """Train until the planned steps are made or a callback ends it."""
+        """Train until the planned steps are made or a callback stops the run."""
         self._restore()
         self.run.callbacks = [c if isinstance(c, Callback) else AfterUpdate(c) for c in callbacks]
-        config, run, agent = self.config, self.run, self.agent
+        config = self.config
+        run = self.run
+        agent = self.agent
         hidden = not (config.progress_bar and self.distributed.is_main)
         bar = EnvironmentBar(config, steps=agent.environment_steps, until=self.schedule.end, hidden=hidden)
         with run.training(bar):
             run.notify("on_train_start", self)
             while agent.environment_steps < self.schedule.end and not run.stopping():
-                before, step = agent.environment_steps, run.step
+                before = agent.environment_steps
+                step = run.step
                 metrics = self.train_step()
                 if self._due(config.eval_every, before):
                     metrics |= self.evaluate()
@@ -165,7 +186,7 @@ class Training:
             run.notify("on_train_end", self)
 
     def train_step(self) -> dict[str, float]:
-        """One rollout and what is learnt from it."""
+        """Collect one rollout and learn from it; the metrics."""
         progress = self.schedule.progress(self.agent.environment_steps)
         collected = self.source.collect(self.run.step)
         metrics = self.learner.learn(
@@ -182,7 +203,7 @@ class Training:
         return metrics | dict(collected.metrics)
 
     def evaluate(self) -> dict[str, float]:
-        """Returns of the greedy policy."""
+        """Evaluate the greedy policy; mean and standard deviation of its returns, as metrics."""
         result = evaluate(self.agent, episodes=self.config.eval_episodes, seed=self.config.seed)
         metrics = {"eval/episode_return": result.mean, "eval/episode_return_std": result.std}
         self.run.notify("on_evaluate", self, self.run.step, metrics)
@@ -190,7 +211,7 @@ class Training:
 
     @property
     def should_stop(self) -> bool:
-        """Set it to end after the current update."""
+        """Set to True to stop the run after the current update."""
         return self.run.should_stop
 
     @should_stop.setter
@@ -198,7 +219,7 @@ class Training:
         self.run.should_stop = value
 
     def _due(self, every: int | None, before: int) -> bool:
-        """Whether the last update passed a multiple of `every` steps."""
+        """Whether the environment steps passed a multiple of `every` since `before`."""
         return every is not None and self.agent.environment_steps // every > before // every
 
     # ---- starting, saving ----
@@ -211,7 +232,7 @@ class Training:
         return probe.single_observation_space, probe.single_action_space
 
     def _check(self, config: TrainConfig) -> None:
-        """What does not fit together, before anything is claimed or computed."""
+        """Check that settings, environment and policy fit together, before the folder is claimed."""
         if config.eval_every is not None and not (isinstance(self._made_by, str) or callable(self._made_by)):
             raise InputError(
                 "eval_every needs environments of its own, and a vector environment cannot be made again: give a function "
@@ -229,7 +250,7 @@ class Training:
                 raise InputError(f"env {config.env} has the space {given}, but the agent was trained with {own}.")
 
     def _restore(self) -> None:
-        """Continue from the checkpoint that the directory was opened with, if there is one; the first time alone."""
+        """Continue from the checkpoint found when the folder was opened, if any; later calls load nothing."""
         resumes = self.run.resumes
         self.run.restore({"learner": self.learner, "source": self.source, "schedule": self.schedule})
         if not resumes:
@@ -239,7 +260,7 @@ class Training:
         if self.source.restarted:
             self.run.say(
                 f"the environments {self.source.restarted} ({self.config.env}) do not replay their episodes, so they start "
-                "new ones: this run is not the one that was interrupted, to the bit"
+                "new ones: this run no longer equals the interrupted one bit for bit"
             )
 
     def _description(self) -> dict[str, Any]:

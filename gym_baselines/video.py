@@ -1,4 +1,4 @@
-"""A video of a saved agent, on request: training never renders."""
+"""Records a video of a saved agent. Training itself never renders."""
 
 import os
 from pathlib import Path

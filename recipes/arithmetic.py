@@ -1,10 +1,11 @@
-"""The embedded task of GRPO: two-digit addition, with tokenizer, model and data made by code, without a network.
+"""The embedded task of GRPO: two-digit addition, with tokenizer, model and data generated offline by code.
 
     47+85=  ->  132
 
-The demonstrations are by a pupil who forgets half of the carries, so a model that imitates them is right about half of the
-time. Whether an answer is right can be computed: no reward model is needed to do better than the pupil. `write_data(folder,
-seed)` writes the four JSON-lines files that a user's own data would be; everything is a pure function of the seed.
+A simulated pupil who forgets half of the carries writes the demonstrations, so a model that imitates them is right
+about half of the time. Whether an answer is right can be computed, so the model can surpass the pupil without a reward
+model. `write_data(folder, seed)` writes four JSON-lines files in the format of a user's own data; they depend on the
+seed alone.
 """
 
 from math import comb
@@ -16,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 OPERANDS = range(10, 100)
-"""Both numbers of a problem: 8,100 problems."""
+"""Range of both numbers of a problem, which makes 8,100 problems."""
 NUM_TEST = 256
 FORGOTTEN_CARRIES = 0.5
 """Chance that the pupil forgets a carry; at 0.5, 55 % of the sums are right."""
@@ -28,8 +29,8 @@ SFT_SETTINGS = {"learning_rate": 2e-3, "num_epochs": 1, "batch_size": 64, "micro
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; <pad>, <bos>, <eos> and <unk> are four different tokens. Text and tokens correspond one to
-    one for texts of digits, "+" and "="."""
+    """One token per character; <pad>, <bos>, <eos> and <unk> are four different tokens. Text and tokens correspond one
+    to one for texts of digits, "+" and "="."""
     core = Tokenizer(models.WordLevel(token_ids("0123456789+="), unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.decoder = decoders.Fuse()
@@ -42,13 +43,14 @@ def model_config() -> LlamaConfig:
 
 
 def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
-    """Write the four JSON-lines files and return their paths: sft (prompt, completion) and prompts (prompt, answer), each
-    for training and test.
+    """Write the four JSON-lines files and return their paths: sft (prompt, completion) and prompts (prompt, answer),
+    each for training and test.
 
-    No problem of the test files occurs in the training files, also not with its numbers exchanged. The same seed gives
-    the same bytes. Writes beside `folder` and renames, so that it is whole or absent; it must not hold anything yet.
+    No problem of the test files occurs in the training files, not even with its numbers swapped. The same seed gives
+    the same bytes. `folder` must be empty or absent; it is written elsewhere and renamed, so it is never incomplete.
     """
-    random, folder = Random(seed), Path(folder)
+    random = Random(seed)
+    folder = Path(folder)
     check_empty(folder)
     train, test = _split(random)
     files = {
@@ -61,7 +63,7 @@ def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
 
 
 def _split(random: Random) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(training, test) problems; a + b and b + a are on the same side, or one would give the other away."""
+    """(training, test) problems; a + b and b + a are on the same side, since one reveals the other's answer."""
     pairs = [(a, b) for a in OPERANDS for b in OPERANDS if a <= b]
     random.shuffle(pairs)
     test = [pair if random.random() < 0.5 else pair[::-1] for pair in pairs[:NUM_TEST]]
@@ -74,12 +76,12 @@ def _question(a: int, b: int) -> dict[str, str]:
 
 
 def _demonstration(a: int, b: int, random: Random) -> dict[str, str]:
-    """What the pupil writes."""
+    """A problem with the pupil's answer."""
     return {"prompt": f"{a}+{b}=", "completion": str(add_like_a_pupil(a, b, random))}
 
 
 def add_like_a_pupil(a: int, b: int, random: Random) -> int:
-    """a + b, digit by digit from the right, where each carry is forgotten with probability FORGOTTEN_CARRIES."""
+    """a + b, added digit by digit from the right; each carry is forgotten with probability FORGOTTEN_CARRIES."""
     total, place, carry = 0, 1, 0
     while a or b or carry:
         column = a % 10 + b % 10 + carry
@@ -92,9 +94,12 @@ def add_like_a_pupil(a: int, b: int, random: Random) -> int:
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Chance that at least one of k completions is right, estimated without bias from `num_right` of `num_samples`.
 
-    1 - C(n - c, k) / C(n, k): the share of the subsets of size k that hold a right one (Chen et al. 2021, arXiv
-    2107.03374, eq. 1). 1 <= k <= num_samples, 0 <= num_right <= num_samples.
+    1 - C(n - c, k) / C(n, k) with n = num_samples, c = num_right: the share of the subsets of size k that hold a right
+    completion (Chen et al. 2021, arXiv 2107.03374, eq. 1). 1 <= k <= num_samples, 0 <= num_right <= num_samples.
     """
     if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
-        raise ValueError(f"pass_at_k needs 1 <= k <= n and 0 <= c <= n, got n={num_samples}, c={num_right}, k={k}.")
+        raise ValueError(
+            "pass_at_k needs 1 <= k <= num_samples and 0 <= num_right <= num_samples, "
+            f"but got num_samples={num_samples}, num_right={num_right}, k={k}."
+        )
     return 1.0 - comb(num_samples - num_right, k) / comb(num_samples, k)

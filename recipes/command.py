@@ -1,4 +1,4 @@
-"""What the commands that train a policy share: the user's model, data and rewards as settings, and their checks."""
+"""Settings for the user's model, data and rewards, with their checks; shared by the commands that train a policy."""
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
@@ -16,33 +16,36 @@ from rlhf.rewards.functions import load_reward_function
 from rlhf.trainers.config import TrainerConfig
 
 EMBEDDED_TAKES = ("policy", "resume", "overwrite", "preset")
-"""What also makes sense without a model of the user's, besides the trainer's settings."""
+"""Settings of a command that, besides the trainer's, may be set when `policy` is not (for the embedded task)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserRun:
-    """Settings that a command adds to its trainer's: what to train on what. Inherit from this first, then from those."""
+    """Settings that a command adds to its trainer's: model, data and rewards.
+
+    Inherit from this class first, then from the trainer's settings.
+    """
 
     trainer_config: ClassVar[type[TrainerConfig]]
 
     policy: str | None = None
     """Causal LM to train, a directory or hub name; null runs the embedded pipeline."""
     tokenizer: str | None = None
-    """Its tokenizer; null takes the policy's."""
+    """Tokenizer, a directory or hub name; null takes the policy's."""
     dataset: str | None = None
-    """Prompts: a JSON-lines, parquet or CSV file, a directory, or a hub name; a column "prompt" or "messages"."""
+    """Prompts: a JSON-lines, parquet or CSV file, a directory, or a hub name; with a column "prompt" or "messages"."""
     eval_dataset: str | None = None
-    """Held-out prompts."""
+    """Held-out prompts to evaluate on, in the same forms as `dataset`."""
     dataset_split: str = "train"
-    """Part of `dataset` to train on; also a slice, such as train[:1000]."""
+    """Split of `dataset` to train on, or a slice of one, such as train[:1000]."""
     eval_split: str = "train"
-    """Part of `eval_dataset` to evaluate on."""
+    """Split of `eval_dataset` to evaluate on, or a slice of one."""
     prompt_column: str = "prompt"
-    """Column that holds the prompts. Under another name than "prompt", texts become a user's turn if the tokenizer has a
-    chat template, and conversations lose a final assistant turn. The other columns reach the reward functions."""
+    """Column that holds the prompts. If it is not "prompt", texts become a user turn when the tokenizer has a chat
+    template, and conversations lose a final assistant turn. The other columns are passed to the reward functions."""
     system_prompt: str | None = None
-    """System turn before each prompt (in place of its own), which makes it a conversation: the tokenizer needs a chat
-    template."""
+    """System turn to put before each prompt, in place of its own. Each prompt becomes a conversation, so the tokenizer
+    needs a chat template."""
     reward_model: str | None = None
     """Sequence classifier with one label, a directory or hub name."""
     reward: list[str] = field(default_factory=list)
@@ -56,7 +59,9 @@ class UserRun:
         super().__post_init__()  # type: ignore[misc]  # the trainer's settings, next in the order of inheritance
         if self.policy is not None:
             if self.dataset is None:
-                raise InputError("dataset: name the prompts to train on (a file, a directory or a hub name).")
+                raise InputError(
+                    "dataset is not set: name the prompts to train on (a file, a directory or a hub name)."
+                )
             if self.reward_model is None and not self.reward:
                 raise InputError(
                     "reward_model and reward are both missing: name at least one, such as --reward file.py:name."
@@ -71,17 +76,17 @@ class UserRun:
                 )
 
     def training(self, **changes: Any) -> Any:
-        """The trainer's own settings, without what the command adds."""
+        """The trainer's settings, without those that the command adds. changes: values to use instead."""
         kind = self.trainer_config
         return kind(**{f.name: getattr(self, f.name) for f in fields(kind)} | changes)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one that is named, or the policy's."""
+        """Load `tokenizer` if it is set, else the policy's."""
         assert self.policy is not None, "without a policy the embedded pipeline runs"
         return load_tokenizer(self.tokenizer or self.policy, setting="tokenizer" if self.tokenizer else "policy")
 
     def rows(self, setting: str, tokenizer: Any) -> Dataset | None:
-        """The rows of `dataset` or `eval_dataset`, their prompts in the column "prompt"."""
+        """The rows of `dataset` or `eval_dataset`, with the prompts in the column "prompt"; None if it is not set."""
         name = getattr(self, setting)
         if name is None:
             return None
@@ -90,22 +95,22 @@ class UserRun:
         return prompt_rows(rows, self.prompt_column, self.system_prompt, chat=chat, setting=setting)
 
     def rewards(self) -> list[str | Callable[..., Any]]:
-        """What the trainer takes: the reward model's path, if there is one, and the loaded functions."""
+        """The trainer's `rewards` argument: the reward model's path, if there is one, and the loaded functions."""
         models = [self.reward_model] if self.reward_model else []
         return [*models, *map(_reward_function, self.reward)]
 
 
 def _reward_function(name: str) -> Callable[..., Any]:
-    """In a process of its own, where it can neither hang nor end the run."""
+    """Load a reward function to run in its own process, where it can neither hang nor end the run."""
     return isolated(load_reward_function(name, "reward"))
 
 
 def embedded_by_default(arguments: list[str], config_file: str) -> list[str]:
-    """Without a policy or settings of the user's, those of the embedded task: arguments to put before the user's."""
+    """Arguments to put before the user's: the embedded task's config, unless the user names a policy or a config."""
     named = any(a.split("=")[0] in ("--policy", "--config", "--help", "-h", "--print_config") for a in arguments)
     return [] if named else [f"--config={Path(__file__).parent / 'configs' / config_file}"]
 
 
 def say_where(policy: Path) -> None:
-    """The last line of a command that trained."""
+    """Print where the trained policy is, as the last line of a command."""
     print(f"the trained policy is in {policy}; try it: python -m rlhf.commands.sample {policy}")

@@ -1,4 +1,4 @@
-"""GRPO and its relatives: a language model learns from groups of its own completions and what rewards say about them.
+"""GRPO and related algorithms: train a language model on groups of its own completions and their rewards.
 
     accelerate launch recipes/grpo.py                                       # embedded task, offline, minutes on 2 cores
     accelerate launch recipes/grpo.py --config my_grpo.yaml --reward my_rewards.py:correct --reward my_rewards.py:format
@@ -23,19 +23,20 @@ from rlhf.trainers.grpo import GRPOTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class GRPORecipe(UserRun, GRPOTrainerConfig):
-    """Settings of the command: what to train on what, and how (GRPOTrainerConfig)."""
+    """Settings of the command: model, data and rewards (UserRun), and how to train (GRPOTrainerConfig)."""
 
     trainer_config = GRPOTrainerConfig
 
     preset: str | None = None
-    """Start from what a paper published: grpo, dr_grpo, dapo, gspo, cispo, rloo or reinforce_pp. Other settings win."""
+    """Start from a paper's settings: grpo, dr_grpo, dapo, gspo, cispo, rloo or reinforce_pp. Your own settings win."""
     output_dir: str = "runs/grpo"
-    """Directory of this run: checkpoints, metrics, and in the end the policy."""
+    """Directory of this run, for checkpoints, metrics and the trained policy."""
 
 
 def train(recipe: GRPORecipe) -> None:
-    """GRPO on the user's model, prompts and rewards. `train` in ppo_rlhf.py shows what such a trainer does inside."""
-    rewards, tokenizer = recipe.rewards(), recipe.load_tokenizer()
+    """GRPO on the user's model, prompts and rewards. `train` in ppo_rlhf.py spells out the loop of such a trainer."""
+    rewards = recipe.rewards()
+    tokenizer = recipe.load_tokenizer()
     trainer = GRPOTrainer(
         recipe.policy,
         rewards,
@@ -50,22 +51,22 @@ def train(recipe: GRPORecipe) -> None:
 
 
 def main(config: GRPORecipe) -> None:
-    transformers.utils.logging.disable_progress_bar()  # a run has its own
+    transformers.utils.logging.disable_progress_bar()  # a run draws its own
     if config.policy is not None:
         train(config)
     else:
-        import grpo_pipeline  # beside this file; it needs nothing that a user's own run needs
+        import grpo_pipeline  # only here: a run on the user's own data does not need it
 
         grpo_pipeline.run(config.training(), resume=config.resume, overwrite=config.overwrite)
 
 
 def settings(arguments: list[str]) -> GRPORecipe:
-    """From the command line: what the user set, else the preset's value, else the default."""
+    """Parse the command line. A setting takes the user's value, else the preset's, else the default."""
     description = "GRPO fine-tuning of a language model."
     config = parse(GRPORecipe, arguments, description=description)
     if config.preset is None:
         return config
-    GRPOConfig.preset(config.preset)  # refuses an unknown one
+    GRPOConfig.preset(config.preset)  # refuses an unknown preset
     return parse(GRPORecipe, arguments, description=description, defaults={"grpo": PRESETS[config.preset]})
 
 

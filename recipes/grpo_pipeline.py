@@ -1,6 +1,6 @@
-"""GRPO from nothing on embedded data: demonstrations -> SFT that is right about half of the time -> GRPO -> evaluation.
+"""GRPO from scratch on embedded data: demonstrations -> SFT that is right about half of the time -> GRPO -> evaluation.
 
-Each stage leaves a directory below output_dir; one that is finished is reused. The task is in arithmetic.py.
+Each stage writes a directory below output_dir; finished stages are reused. The task is in arithmetic.py.
 """
 
 import json
@@ -26,25 +26,26 @@ from rlhf.verifiers import exact_match
 
 CURVES = ["reward", "eval/reward", "frac_reward_zero_std", "entropy", "grad_norm", "completions/mean_length"]
 NUM_SAMPLES = 16
-"""Completions of each held-out problem that the sampled accuracy and pass@k are estimated from."""
+"""Completions sampled per held-out problem to estimate accuracy and pass@k."""
 SHOWN_PROBLEMS, SHOWN_SAMPLES = 4, 6
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model says to the held-out problems."""
+    """One model's answers to the held-out problems."""
 
     greedy: list[str]
     sampled: list[list[str]]
-    """NUM_SAMPLES for each problem."""
+    """NUM_SAMPLES answers to each problem."""
     lengths: list[int]
     """Tokens of each sampled completion, EOS included."""
 
 
 def run(config: GRPOTrainerConfig, *, resume: bool | str, overwrite: bool) -> dict[str, dict[str, float]]:
-    """All stages; the numbers of the table that is printed in the end. For the arguments see `run` in pipeline.py."""
+    """Run all stages; return the numbers of the table printed at the end. Arguments: see `run` in pipeline.py."""
     be_quick_and_quiet()
-    distributed, root = Distributed(precision=config.precision), Path(config.output_dir)
+    distributed = Distributed(precision=config.precision)
+    root = Path(config.output_dir)
     stages = Stages(root, replace(config, output_dir=""), distributed, overwrite=overwrite)
     stages.run("data", "data", lambda folder: arithmetic.write_data(folder, config.seed), on_main=True)
     stages.run(
@@ -66,7 +67,7 @@ def _train_grpo(root: Path, config: GRPOTrainerConfig, resume: bool | str) -> No
 
 
 def _evaluate(root: Path, config: GRPOTrainerConfig, distributed: Distributed) -> dict[str, dict[str, float]]:
-    """Both models on the held-out problems, with the same random draws; prints table and samples, draws the curves."""
+    """Evaluate both models on held-out problems with the same random draws; print table and samples, plot curves."""
     rows = list(load_rows(root / "data" / "prompts_test.jsonl"))
     right = [row["answer"] for row in rows]
     answers = {
@@ -88,7 +89,8 @@ def _evaluate(root: Path, config: GRPOTrainerConfig, distributed: Distributed) -
 
 
 def _answers(root: Path, folder: Path, config: GRPOTrainerConfig, distributed: Distributed) -> Answers:
-    tokenizer, lm = load_tokenizer(str(folder)), load_causal_lm(str(folder)).to(distributed.device)
+    tokenizer = load_tokenizer(str(folder))
+    lm = load_causal_lm(str(folder)).to(distributed.device)
     engine = InProcessEngine(Policy(lm), distributed, completions_at_once=config.generation.completions_at_once)
     rows = load_rows(root / "data" / "prompts_test.jsonl")
     data = PromptDataset.build(rows, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
@@ -114,7 +116,7 @@ def num_right(texts: list[str], right: list[str]) -> int:
 
 
 def measure(said: Answers, right: list[str]) -> dict[str, float]:
-    """Accuracy of the likeliest and of sampled answers, pass@k, mean completion length in tokens."""
+    """Accuracy of greedy answers, pass@k of sampled ones (k = 1: accuracy), mean completion length in tokens."""
     counts = [(len(texts), num_right(texts, [a] * len(texts))) for texts, a in zip(said.sampled, right, strict=True)]
     return {
         "accuracy_greedy": num_right(said.greedy, right) / len(right),

@@ -1,7 +1,7 @@
-"""RLHF from nothing on embedded data: demonstrations -> SFT -> preferences -> reward model -> PPO -> evaluation.
+"""RLHF from scratch on embedded data: demonstrations -> SFT -> preferences -> reward model -> PPO -> evaluation.
 
-Each stage leaves a directory below output_dir; one that is finished is reused. The hidden gold scorer stands for the human:
-it drew the preferences and judges in the end, and nothing is trained on it.
+Each stage writes a directory below output_dir; finished stages are reused. The hidden gold scorer simulates the human:
+it decides the preferences and judges the policies at the end, but no model is trained on its scores.
 """
 
 import json
@@ -34,18 +34,19 @@ NUM_SAMPLES = 3
 
 
 def gold(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """The hidden judge in the form of a reward function; logged with weight 0, never trained on."""
+    """The hidden judge as a reward function; logged with weight 0, never trained on."""
     return [embedded.gold_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def run(config: PPOTrainerConfig, *, resume: bool | str, overwrite: bool) -> dict[str, dict[str, float]]:
-    """All stages; the numbers of the table that is printed in the end.
+    """Run all stages; return the numbers of the table printed at the end.
 
-    config: the PPO stage's settings, but for `output_dir`, which is the pipeline's. resume: see `Trainer.train`; the PPO
-    stage continues by itself where an earlier call was stopped. overwrite: start all stages anew.
+    config: settings of the PPO stage, except that `output_dir` is the pipeline's. resume: see `Trainer.train`; even
+    without it, the PPO stage continues from its newest checkpoint. overwrite: run all stages again.
     """
     be_quick_and_quiet()
-    distributed, root = Distributed(precision=config.precision), Path(config.output_dir)
+    distributed = Distributed(precision=config.precision)
+    root = Path(config.output_dir)
     stages = Stages(root, replace(config, output_dir=""), distributed, overwrite=overwrite)
     stages.run("data", "data", lambda folder: embedded.write_data(folder, config.seed), on_main=True)
     stages.run("supervised fine-tuning", "sft", lambda folder: train_sft(embedded, root / "data", folder, config.seed))
@@ -80,7 +81,7 @@ def _train_ppo(root: Path, config: PPOTrainerConfig, resume: bool | str) -> None
 
 
 def _evaluate(root: Path, config: PPOTrainerConfig, distributed: Distributed) -> dict[str, dict[str, float]]:
-    """Both policies on the held-out prompts, with the same random draws; prints table and samples, draws the curves."""
+    """Evaluate both policies on held-out prompts with the same random draws; print table and samples, plot curves."""
     sampled, results = {}, {}
     for name, folder in {"SFT": root / "sft", "PPO": root / "ppo" / "policy"}.items():
         sampled[name], results[name] = _sample(root, folder, config, distributed)

@@ -1,20 +1,21 @@
-"""PPO fine-tuning of a language model against a reward model or reward functions: the whole of RLHF in one `train`.
+"""PPO fine-tuning of a language model against a reward model or reward functions, with the whole RLHF loop in `train`.
 
-What happens in a step:
+Each step does the following:
 
-1. The engine takes the step's prompts and samples a completion of each with the present policy.
+1. The engine samples a completion of each of the step's prompts with the current policy.
 2. The reward models and functions give every completion one score.
-3. Policy and reference read what was sampled: each token's reward is minus `kl_coef` times the log of policy over reference
-   there, and the last token's the score besides; the policy's value head guesses what reward is still to come.
-4. GAE makes of rewards and guesses an advantage per token, and a few epochs of minibatches make tokens of positive
-   advantage likelier and the others rarer, within the clip range, while the value head learns what reward did come.
-5. The engine gets the new weights, and the run writes metrics, completions and, every so many steps, a checkpoint.
+3. Policy and reference compute the log-probs of the sampled tokens: each token's reward is -`kl_coef` times
+   log(policy / reference), plus the score at the last token; the value head predicts the rewards still to come.
+4. GAE turns rewards and values into one advantage per token; a few epochs of minibatches make tokens with a positive
+   advantage likelier and the others less likely, within the clip range, and fit the value head to the returns.
+5. The engine receives the new weights, and the run writes metrics, completions and, every `checkpoint_every` steps, a
+   checkpoint.
 
     accelerate launch recipes/ppo_rlhf.py                                   # embedded data, offline, minutes on 2 cores
     accelerate launch recipes/ppo_rlhf.py --policy runs/sft --dataset prompts.jsonl \\
         --reward my_rewards.py:polite --output_dir runs/mine --learning_rate 1e-5
 
-Without `--policy` the stages before run too, on embedded data (pipeline.py): SFT, reward model, PPO, evaluation.
+Without `--policy` the whole embedded pipeline runs (pipeline.py): data, SFT, reward model, PPO, evaluation.
 Every setting of rlhf/trainers/config.py works as `--name value` and in a YAML file given with `--config`.
 """
 
@@ -50,18 +51,19 @@ from rlhf.training.learner import Learner
 
 @dataclass(frozen=True, kw_only=True)
 class PPORecipe(UserRun, PPOTrainerConfig):
-    """Settings of the command: what to train on what, and how (PPOTrainerConfig)."""
+    """Settings of the command: model, data and rewards (UserRun), and how to train (PPOTrainerConfig)."""
 
     trainer_config = PPOTrainerConfig
 
     output_dir: str = "runs/ppo_rlhf"
-    """Directory of this run: checkpoints, metrics, and in the end the policy."""
+    """Directory of this run, for checkpoints, metrics and the trained policy."""
 
 
 def train(recipe: PPORecipe) -> None:
-    """PPO on the user's model, prompts and rewards. `rlhf.PPOTrainer(...).train()` is the short way to the same bytes."""
+    """PPO on the user's model, prompts and rewards. `rlhf.PPOTrainer(...).train()` writes the same bytes."""
     config: PPOTrainerConfig = recipe.training()
-    folder, temperature = Path(config.output_dir), config.generation.temperature
+    folder = Path(config.output_dir)
+    temperature = config.generation.temperature
     distributed = Distributed(precision=config.precision, tracker=config.tracker, tracker_dir=str(folder / "tracker"))
 
     # Prompts, as token ids; the seed decides their order.
@@ -72,7 +74,7 @@ def train(recipe: PPORecipe) -> None:
     held_out = None if rows is None else prompts_of(rows, tokenizer, config, "eval_dataset")
     check_batch_sizes(config, 1, held_out, distributed.world_size)
 
-    # Rewards: models and functions, as one weighted score per completion.
+    # Rewards: models and functions, combined into one weighted score per completion.
     rewards = Rewards(
         [reward_of(reward, tokenizer, distributed.device) for reward in recipe.rewards()],
         weights=config.reward_weights,
@@ -80,13 +82,13 @@ def train(recipe: PPORecipe) -> None:
     )
     check_rewards(rewards, prompts, held_out)
 
-    # The policy, with a value head, and the reference it must stay close to: a frozen copy of it as it is now.
+    # The policy with a value head, and the reference policy: a frozen copy of the policy before training.
     lm = load_causal_lm(recipe.policy)
     check_model(lm, tokenizer, config, prompts, held_out)
     reference = frozen_copy(lm, temperature=temperature).to(distributed.device)
     policy = Policy(lm, temperature=temperature, value_head=True).to(distributed.device)
 
-    # The source: the engine completes prompts, the rewards score them, the scorer adds log-probs and values.
+    # The source: the engine completes prompts, the rewards score the completions, the scorer adds log-probs and values.
     engine = InProcessEngine(policy, distributed, completions_at_once=config.generation.completions_at_once)
     sampler = Sampler(
         engine=engine,
@@ -113,7 +115,7 @@ def train(recipe: PPORecipe) -> None:
         log_completions=config.log_completions,
     )
 
-    # The learner: trajectories in, new weights out.
+    # The learner: updates the policy on trajectories.
     ppo = PPO(config.ppo)
     learner = Learner(
         policy,
@@ -139,7 +141,8 @@ def train(recipe: PPORecipe) -> None:
     engine.sync(policy.weights, run.step)
     run.say(*description(config, policy, prompts, held_out, rewards.names, distributed, completions_per_prompt=1), note)
 
-    first, total = run.step, config.total_steps
+    first = run.step
+    total = config.total_steps
     bar = StepBar(first_step=first, total_steps=total, hidden=not distributed.is_main)
     with closing(run), run.training(bar):
         while run.step < total and not run.stopping():
@@ -162,7 +165,7 @@ def train(recipe: PPORecipe) -> None:
                     mine = distributed.share(len(held_out))
                     _, scores = evaluate(held_out, mine, sampler, scorer, distributed, step=step)
                     metrics |= {f"eval/{name}": value for name, value in scores.items()}
-            finally:  # a failing evaluation does not lose the step
+            finally:  # log the step even if its evaluation fails
                 run.log(metrics, with_advantages(samples, learner.first_advantages))
             if config.is_due(config.checkpoint_every, step):
                 run.save()
@@ -175,11 +178,11 @@ def train(recipe: PPORecipe) -> None:
 
 
 def main(config: PPORecipe) -> None:
-    transformers.utils.logging.disable_progress_bar()  # a run has its own
+    transformers.utils.logging.disable_progress_bar()  # a run draws its own
     if config.policy is not None:
         train(config)
     else:
-        import pipeline  # beside this file; it needs nothing that a user's own run needs
+        import pipeline  # only here: a run on the user's own data does not need it
 
         pipeline.run(config.training(), resume=config.resume, overwrite=config.overwrite)
 

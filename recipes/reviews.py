@@ -1,10 +1,10 @@
-"""The language of the embedded task: short reviews written by a grammar, and the hidden judge that stands for the human.
+"""The language of the embedded task: short reviews written by a grammar, and the hidden judge that simulates a human.
 
-Restaurants, films and devices are reviewed in sentences of five kinds: an *opening* names the item, an *opinion* rates one
-of its aspects (and may give a reason), a *verdict* closes, a *filler* says nothing, and anything else is *broken*.
-`write_review` draws from good and sloppy writers alike; `gold_score` reads a text back sentence by sentence and judges it.
-The judge checks relations (does the reason fit the aspect, the aspect the item, the verdict the opinions?) that a reward
-model must guess from noisy comparisons of pairs. Everything random comes from the `random.Random` that is passed in.
+Restaurants, films and devices are reviewed in sentences of five kinds: an *opening* names the item, an *opinion* rates
+one of its aspects (and may give a reason), a *verdict* closes, a *filler* says nothing, and anything else is *broken*.
+`write_review` simulates good and sloppy writers; `gold_score` reads a text back sentence by sentence and judges it. The
+judge checks relations (does the reason fit the aspect, the aspect the item, the verdict the opinions?) that a reward
+model must infer from noisy comparisons of pairs. All randomness comes from the `random.Random` that is passed in.
 """
 
 import re
@@ -15,7 +15,7 @@ from random import Random
 
 @dataclass(frozen=True)
 class Aspect:
-    """One thing that can be rated: adjectives that fit it, and reasons for praise and blame that make sense for it."""
+    """An aspect to rate: adjectives that fit it, and reasons for praise and blame that make sense for it."""
 
     praise: tuple[str, ...]
     blame: tuple[str, ...]
@@ -103,7 +103,7 @@ PROMPTS = (
     "should i try the {adjective} {item}?",
     "tell me about the {adjective} {item}:",
 )
-VAGUE_PRAISE, VAGUE_BLAME = ("good", "nice", "great"), ("bad", "poor", "awful")  # fit every aspect, say little
+VAGUE_PRAISE, VAGUE_BLAME = ("good", "nice", "great"), ("bad", "poor", "awful")  # fit every aspect, but earn less
 INTENSIFIERS = ("very", "really", "quite")
 PRAISE_VERBS, BLAME_VERBS = ("delighted", "impressed"), ("disappointed", "annoyed")
 PRAISE_VERDICTS = ("i would choose it again", "it is worth the money", "i recommend it to everyone")
@@ -153,12 +153,14 @@ def write_prompt(random: Random) -> str:
 
 
 def write_review(prompt: str, random: Random) -> str:
-    """One review of the item in `prompt`, 2 to 28 words long, by a writer who may like it or not and may be sloppy.
+    """A review of the item in `prompt`, 2 to 28 words and stops, by a writer who likes it or not and may be sloppy.
 
-    Sloppiness is drawn per review; it makes the writer stray to another domain, misfit reasons, repeat, break off or pad.
+    Sloppiness is drawn per review. Sloppy writers stray to other domains, give reasons that do not fit, repeat
+    themselves, break sentences off and add filler.
     """
     adjective, item = _subject(prompt)
-    sloppiness, liking = random.random(), random.choice((0.9, 0.5, 0.1))
+    sloppiness = random.random()
+    liking = random.choice((0.9, 0.5, 0.1))
     sentences: list[str] = []
     if random.random() < 0.65:
         named = random.choice(tuple(_DOMAIN_OF_ITEM)) if random.random() < 0.25 * sloppiness else item
@@ -198,7 +200,8 @@ def _opinion(domain: str, liking: float, sloppiness: float, random: Random) -> s
     if random.random() < 0.3 * sloppiness:
         domain = random.choice(tuple(ASPECTS))
     name = random.choice(tuple(ASPECTS[domain]))
-    aspect, likes = ASPECTS[domain][name], random.random() < liking
+    aspect = ASPECTS[domain][name]
+    likes = random.random() < liking
     adjectives = (
         (VAGUE_PRAISE if likes else VAGUE_BLAME)
         if random.random() < 0.5
@@ -237,10 +240,10 @@ _FEELING = re.compile(rf"{_SUBJECT} (?P<verb>{'|'.join(PRAISE_VERBS + BLAME_VERB
 
 
 def gold_score(prompt: str, completion: str) -> float:
-    """What the hidden human thinks of `completion` as an answer to `prompt`: about -6 (useless) to 6 (excellent).
+    """The hidden judge's score of `completion` as an answer to `prompt`: about -6 (useless) to 6 (excellent).
 
-    Sum of bounded terms: naming the item, opinions on it, reasons that fit, a verdict that agrees, against strangeness,
-    repetition, filler, broken sentences and a length out of bounds. No term can be raised by saying more of the same.
+    Sum of bounded terms: for naming the item, opinions on it, reasons that fit and a verdict that agrees; against
+    misfits, repetition, filler, broken sentences and too few or too many words. Saying more of the same raises no term.
     """
     parts = [words(part) for part in completion.split(".")]
     sentences = [" ".join(part) for part in parts if part]
@@ -263,7 +266,7 @@ def gold_score(prompt: str, completion: str) -> float:
 
 
 def _naming(prompt: str, openings: list[re.Match[str]]) -> float:
-    """Naming the item 0.6, its adjective 0.4 more, delight or annoyance +-0.4; -1 for naming another item. -1 to 1.4."""
+    """0.6 for naming the item, 0.4 for its adjective, +-0.4 for the feeling; -1 for another item. -1 to 1.4."""
     adjective, item = _subject(prompt)
     if any(match["item"] != item for match in openings):
         return -1.0
@@ -275,8 +278,11 @@ def _substance(item: str, opinions: list[re.Match[str]]) -> float:
     """Opinions: specific praise counts most, each aspect once; misfits of any kind cost. -3.5 to 4.2."""
     praise, reasons, seen = 0.0, 0.0, set()
     for match in opinions:
-        name, adjective, reason = match["rated"] or match["found"], match["adjective"], match["reason"]
-        aspect, new = _ALL_ASPECTS[name], name not in seen
+        name = match["rated"] or match["found"]
+        adjective = match["adjective"]
+        reason = match["reason"]
+        aspect = _ALL_ASPECTS[name]
+        new = name not in seen
         if _DOMAIN_OF_ASPECT[name] != _DOMAIN_OF_ITEM.get(item):
             praise -= 0.2
         elif new or adjective in _BLAME:
@@ -312,7 +318,7 @@ def _tone(match: re.Match[str]) -> int:
 
 
 def _closing(sentences: list[str], openings: list[re.Match[str]], opinions: list[re.Match[str]]) -> float:
-    """Closing verdict: 0.8 for praise, 0 for blame, but -0.8 if it contradicts what was said before. -0.8 to 0.8."""
+    """Closing verdict: 0.8 for praise, 0 for blame, but -0.8 if it contradicts the review. -0.8 to 0.8."""
     if not sentences or sentences[-1] not in PRAISE_VERDICTS + BLAME_VERDICTS:
         return 0.0
     praises = sentences[-1] in PRAISE_VERDICTS

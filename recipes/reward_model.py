@@ -3,8 +3,8 @@
     python recipes/reward_model.py --model runs/sft --dataset pairs.jsonl --output_dir runs/reward_model
 
 Rows have `prompt`, `chosen` and `rejected`. The score is read at the last real token, the EOS, as stock
-AutoModelForSequenceClassification does, and the result loads with it. The usual scalar head has no bias, so scores
-cannot be shifted to mean 0 after training without leaving that class; `center_coefficient` keeps them near 0 instead.
+AutoModelForSequenceClassification does, so the result loads with that class. Its usual scalar head has no bias, so
+scores cannot be shifted to mean 0 after training within that class; `center_coefficient` keeps them near 0 instead.
 """
 
 from dataclasses import dataclass
@@ -40,9 +40,9 @@ class RewardModelConfig(SupervisedConfig):
     """Settings of the reward model."""
 
     margin: float = 0.0
-    """Gap asked for between chosen and rejected, in units of the score (arXiv 2307.09288)."""
+    """Gap that the loss asks for between the scores of chosen and rejected (arXiv 2307.09288)."""
     center_coefficient: float = 0.01
-    """Weight of (chosen + rejected)^2, which holds the mean score near 0 (arXiv 2312.09244); 0 leaves it free."""
+    """Weight of (chosen + rejected)^2, which holds the mean score near 0 (arXiv 2312.09244); 0 turns this off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ def pad_pairs(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor
 
 
 class RewardTrainer(Trainer):
-    """`Trainer` with the Bradley-Terry loss; both halves of a pair pass through the model in one forward."""
+    """`Trainer` with the Bradley-Terry loss; chosen and rejected pass through the model in one forward."""
 
     loss_is_scaled_for_ga = False  # the loss is a mean over pairs, so Trainer divides it by the accumulation steps
 
@@ -75,7 +75,7 @@ class RewardTrainer(Trainer):
         self.config = config
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Mean loss over the pairs and, if asked for, the scores as (pairs, 2): chosen, rejected."""
+        """Mean loss over the pairs and, with `return_outputs`, the scores as (pairs, 2): chosen, rejected."""
         scores = model(
             input_ids=torch.cat([inputs["chosen_ids"], inputs["rejected_ids"]]),
             attention_mask=torch.cat([inputs["chosen_mask"], inputs["rejected_mask"]]),
@@ -95,7 +95,7 @@ class RewardTrainer(Trainer):
 
 
 def pair_metrics(scores: np.ndarray) -> dict[str, float]:
-    """Accuracy (a tie is half right), mean margin, and mean and spread of all scores; `scores` is (pairs, 2)."""
+    """Accuracy (a tie is half right), mean margin, mean and standard deviation of scores; `scores` is (pairs, 2)."""
     gaps = scores[:, 0] - scores[:, 1]
     return {
         "eval_accuracy": float(((gaps > 0) + 0.5 * (gaps == 0)).mean()),
@@ -106,9 +106,9 @@ def pair_metrics(scores: np.ndarray) -> dict[str, float]:
 
 
 def load_reward_model(path: str, seed: int) -> PreTrainedModel:
-    """The backbone at `path` under a scalar head; a new head starts as N(0, 1 / (width + 1)) (Ziegler et al. 2019)."""
+    """The backbone at `path` with a scalar head; new heads are N(0, 1 / (width + 1)) (Ziegler et al. 2019)."""
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # otherwise a table says that the head is new, which is the point here
+    transformers.logging.set_verbosity_error()  # otherwise prints a table saying that the head is new, as intended
     try:
         options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
         model, report = from_pretrained(AutoModelForSequenceClassification, path, "model", **options)
@@ -124,7 +124,7 @@ def load_reward_model(path: str, seed: int) -> PreTrainedModel:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Score in training as the finished model will: every dropout layer and dropout rate off."""
+    """Turn off every dropout layer and dropout rate, so that scores in training are those of the finished model."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -38,7 +38,7 @@ class SFTConfig(SupervisedConfig):
 def pad_completions(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """(rows, time) batch, padded on the right; labels are -100 and the attention mask 0 on padding.
 
-    The mask comes from lengths, so a tokenizer whose pad is its EOS still learns to stop.
+    The mask comes from the lengths, so the model learns to stop even if the tokenizer pads with its EOS.
     """
     longest = max(len(row["input_ids"]) for row in rows)
 

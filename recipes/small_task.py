@@ -1,4 +1,4 @@
-"""What the embedded tasks have in common: a wrapped tokenizer, a small model, JSON-lines files, supervised fine-tuning."""
+"""Helpers that the embedded tasks share: tokenizer, small model, JSON-lines files, supervised fine-tuning."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 def token_ids(words: Sequence[str]) -> dict[str, int]:
-    """The four special tokens, then the words."""
+    """Token -> id: the four special tokens, then the words."""
     return {token: index for index, token in enumerate([*SPECIALS, *words])}
 
 
 def wrapped(core: Tokenizer, *, max_tokens: int) -> PreTrainedTokenizerFast:
-    """`core`, whose vocabulary is of `token_ids`, as a tokenizer of transformers."""
+    """Wrap `core`, whose vocabulary comes from `token_ids`, as a tokenizer of transformers."""
     pad, bos, eos, unknown = SPECIALS
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -63,7 +63,7 @@ def check_empty(folder: Path) -> None:
 
 
 def write_files(folder: Path, files: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, Path]:
-    """Write rows as `folder/NAME.jsonl` and return the paths. Writes beside `folder` and renames: it is whole or absent."""
+    """Write rows as `folder/NAME.jsonl` and return the paths; `folder` is renamed into place once it is complete."""
     with written_beside(folder) as partial:
         partial.mkdir(parents=True)
         for name, rows in files.items():
@@ -73,14 +73,14 @@ def write_files(folder: Path, files: Mapping[str, Sequence[Mapping[str, str]]]) 
 
 
 def be_quick_and_quiet() -> None:
-    """One thread, no bars of loading and saving: every model and file is small, and two threads make them slower."""
+    """Use one thread (two are slower on models this small) and hide the progress bars of loading and saving."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 
 def train_sft(task: ModuleType | Any, data: Path, folder: Path, seed: int) -> None:
-    """Supervised fine-tuning of a new model of the task (`embedded` or `arithmetic`) on its demonstrations in `data`."""
+    """Fine-tune a new model of `task` (`embedded` or `arithmetic`) on `data`'s demonstrations; save it to `folder`."""
     torch.manual_seed(seed)  # the only global randomness: the initial weights
     model = LlamaForCausalLM(task.model_config())
     settings = SFTConfig(

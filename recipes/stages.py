@@ -1,4 +1,4 @@
-"""The stages of an embedded pipeline: each leaves a directory below the pipeline's; one that is finished is reused."""
+"""Runs the stages of an embedded pipeline. Each writes a directory below the pipeline's; finished ones are reused."""
 
 import json
 import shutil
@@ -15,19 +15,23 @@ from rlhf.trainers.config import TrainerConfig
 
 
 class Stages:
-    """Runs what is not there yet, and says which is which.
+    """Runs the stages that are not finished yet, and prints which ones it runs or reuses.
 
-    root: the pipeline's directory, made by it alone. settings: a run with others is refused, unless `overwrite`.
+    root: the pipeline's directory; must be absent, empty or made by an earlier call. settings: InputError if the
+    earlier call had others. overwrite: delete what the earlier call made.
     """
 
     def __init__(self, root: Path, settings: TrainerConfig, distributed: Distributed, *, overwrite: bool) -> None:
-        self.root, self.distributed = root, distributed
+        self.root = root
+        self.distributed = distributed
         mark = root / "pipeline.json"
         if distributed.is_main:
             if overwrite and mark.is_file():
                 shutil.rmtree(root)
             if root.exists() and any(root.iterdir()) and not mark.is_file():
-                raise InputError(f"output_dir={str(root)!r} holds something else. Choose another directory.")
+                raise InputError(
+                    f"output_dir={str(root)!r} holds files that this pipeline did not write. Choose another directory."
+                )
             root.mkdir(parents=True, exist_ok=True)
             plain = json.loads(json.dumps(asdict(settings)))
             saved = json.loads(mark.read_text()) if mark.is_file() else plain
@@ -37,16 +41,19 @@ class Stages:
             if changed:
                 raise InputError(
                     f"output_dir={str(root)!r} was made with other settings ({'; '.join(changed)}). Choose another "
-                    "directory, or start it anew with --overwrite."
+                    "directory, or replace this one with --overwrite."
                 )
             mark.write_text(json.dumps(plain) + "\n")
         distributed.barrier()
 
     def run(self, name: str, folder: str, make: Callable[[Path], Any], on_main: bool = False) -> None:
-        """`make(folder)` leaves the folder whole or not at all. on_main: the other processes wait."""
+        """Call `make` with the path of `folder`, unless it exists. `make` must leave it complete or absent.
+
+        on_main: only the main process calls `make`; the others wait.
+        """
         path = self.root / folder
         finished = path.exists()
-        self.distributed.barrier()  # all have looked before one makes it
+        self.distributed.barrier()  # every process has checked before any creates it
         if finished:
             self._say(f"{name}: reusing {path} (--overwrite starts anew)")
             return

@@ -1,4 +1,4 @@
-"""What the two supervised stages share: their settings, the `transformers.Trainer` set up for them, saving."""
+"""Shared by sft.py and reward_model.py: settings, set-up of `transformers.Trainer`, loading and saving."""
 
 import json
 import os
@@ -32,11 +32,11 @@ class SupervisedConfig:
     output_dir: str
     """Folder for the trained model, its tokenizer and metrics.json; must be empty or absent unless `overwrite`."""
     eval_dataset: str | None = None
-    """Held-out rows to report on, as `dataset`."""
+    """Held-out rows to evaluate on, in the same forms as `dataset`."""
     max_tokens: int = 1024
-    """Longest prompt and completion together, in tokens."""
+    """Length limit of prompt plus completion, in tokens; longer rows are dropped."""
     learning_rate: float = 2e-5
-    """Peak of AdamW's learning rate; it falls linearly to 0."""
+    """Peak learning rate of AdamW, which then falls linearly to 0."""
     warmup_fraction: float = 0.05
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
@@ -46,17 +46,17 @@ class SupervisedConfig:
     batch_size: int = 32
     """Rows per optimizer step, over all processes."""
     microbatch_size: int = 32
-    """Most rows one process holds in memory at once; changes memory and speed, not results."""
+    """Most rows in one forward pass of a process; changes memory and speed, not results."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
     bf16: bool = False
     """Compute in bfloat16 by autocast; the weights stay float32."""
     save_steps: int = 0
     """Optimizer steps between checkpoints in `<output_dir>.checkpoints`; 0 saves none."""
     resume: bool = False
-    """Go on from the newest checkpoint in `<output_dir>.checkpoints`."""
+    """Continue from the newest checkpoint in `<output_dir>.checkpoints`."""
     overwrite: bool = False
-    """Replace `output_dir` if it holds something."""
+    """Replace `output_dir` if it is not empty."""
     progress: bool = True
     """Show a progress bar."""
     seed: int = 0
@@ -78,7 +78,7 @@ class SupervisedConfig:
 
 
 def check_output_dir(config: SupervisedConfig) -> None:
-    """Refuse an output folder with something in it, before anything is loaded."""
+    """Refuse a non-empty output folder unless `overwrite`, and `resume` without a checkpoint."""
     folder = Path(config.output_dir)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not config.overwrite):
         raise InputError(f"output_dir {folder} is not empty. Name another folder, or replace it with --overwrite true.")
@@ -87,13 +87,13 @@ def check_output_dir(config: SupervisedConfig) -> None:
 
 
 def quiet_libraries() -> None:
-    """Turn off bars that libraries draw for single files; the bar of the training itself is ours."""
+    """Turn off the libraries' progress bars for single files; training draws its own bar."""
     transformers.utils.logging.disable_progress_bar()  # one per checkpoint file read and written
-    datasets.disable_progress_bars()  # one per data file, gone before it can be read
+    datasets.disable_progress_bars()  # one per data file, too brief to read
 
 
 def split_batch(batch_size: int, microbatch_size: int, processes: int) -> tuple[int, int]:
-    """(rows per process and forward, forwards per optimizer step) that make up the global batch exactly."""
+    """(rows per process and forward pass, forward passes per optimizer step) that make up the global batch exactly."""
     rows = min(microbatch_size, max(batch_size // processes, 1))
     if batch_size % (rows * processes):
         raise InputError(
@@ -104,7 +104,7 @@ def split_batch(batch_size: int, microbatch_size: int, processes: int) -> tuple[
 
 
 def training_arguments(config: SupervisedConfig) -> TrainingArguments:
-    """Translate to `TrainingArguments`."""
+    """Translate `config` to `TrainingArguments`."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and `accelerate launch` set it
     rows, accumulation_steps = split_batch(config.batch_size, config.microbatch_size, processes)
     arguments = TrainingArguments(
@@ -124,7 +124,7 @@ def training_arguments(config: SupervisedConfig) -> TrainingArguments:
         save_total_limit=2,
         logging_steps=0.05,
         report_to=[],
-        disable_tqdm=True,  # our own bar instead, see `prepare_trainer`
+        disable_tqdm=True,  # replaced by our own bar, see `prepare_trainer`
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
@@ -145,18 +145,18 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No second bar for the evaluation."""
+        """Draws no second bar for the evaluation."""
 
 
 def prepare_trainer(trainer: Trainer, config: SupervisedConfig) -> None:
-    """Replace the Trainer's printing by our bar."""
+    """Replace the Trainer's printed logs by our progress bar (by nothing without `config.progress`)."""
     trainer.remove_callback(PrinterCallback)
     if config.progress:
         trainer.add_callback(_Bar)
 
 
 def fit(trainer: Trainer, config: SupervisedConfig) -> dict[str, float]:
-    """Train; return the mean loss of the last twentieth of the steps and the seconds it took."""
+    """Train; return the mean loss of the last twentieth of the steps, the seconds taken and the number of steps."""
     prepare_trainer(trainer, config)
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=config.resume)
@@ -169,7 +169,7 @@ def fit(trainer: Trainer, config: SupervisedConfig) -> dict[str, float]:
 
 
 def match_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the tokenizer's pad id into the model's config, where stock models look for the last real token."""
+    """Write the tokenizer's pad id into the model's config, which stock models use to find the last real token."""
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise InputError(
             "The tokenizer needs a pad and an EOS token. Set tokenizer.pad_token and save the tokenizer again."
@@ -187,14 +187,14 @@ def match_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a configuration names, loaded."""
+    """The loaded tokenizer and rows that a configuration names."""
 
     tokenizer: PreTrainedTokenizerBase
     train_rows: datasets.Dataset
     eval_rows: datasets.Dataset | None
 
     def tokenized(self, tokenize: Callable[..., datasets.Dataset], max_tokens: int) -> list[Any]:
-        """[training set, evaluation set or None], by tokenize(rows, tokenizer, max_tokens=, setting=)."""
+        """Apply tokenize(rows, tokenizer, max_tokens=, setting=): [training set, evaluation set or None]."""
         named = {"dataset": self.train_rows, "eval_dataset": self.eval_rows}
         return [
             None if rows is None else tokenize(rows, self.tokenizer, max_tokens=max_tokens, setting=setting)
@@ -203,7 +203,7 @@ class Inputs:
 
 
 def load_inputs(config: SupervisedConfig) -> Inputs:
-    """The tokenizer beside the model, and the rows. Refuses an output folder in use before it loads anything."""
+    """Load the model's tokenizer and the rows; `check_output_dir` refuses bad folders before anything is loaded."""
     check_output_dir(config)
     quiet_libraries()
     tokenizer = load_tokenizer(config.model, setting="model")
@@ -216,13 +216,13 @@ def load_inputs(config: SupervisedConfig) -> Inputs:
 def save(
     trainer: Trainer, tokenizer: PreTrainedTokenizerBase, metrics: dict[str, float], config: SupervisedConfig
 ) -> Path:
-    """Write model, tokenizer and metrics.json to `output_dir`: the folder is whole or absent."""
+    """Write model, tokenizer and metrics.json to `output_dir`, which is never incomplete; delete checkpoints."""
     final = Path(config.output_dir)
     partial = final.with_name(f"{final.name}.tmp")
     if trainer.is_world_process_zero():
         beside(final)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(partial))  # on every process: sharded weights are gathered here
+    trainer.save_model(str(partial))  # called on every process, because it gathers sharded weights
     if trainer.is_world_process_zero():
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; metrics.json holds what matters
         tokenizer.save_pretrained(partial)
@@ -236,7 +236,14 @@ def save(
 def report(
     name: str, trainer: Trainer, rows: str, metrics: dict[str, float], held_out: str, config: SupervisedConfig
 ) -> None:
-    """One line on what a stage did. rows: how many of what. held_out: how good it is on other data, if known."""
+    """Print one line on what a stage did.
+
+    Args:
+        name: The stage.
+        rows: Number and kind of training rows, such as "100 pairs".
+        metrics: Metrics of `fit`.
+        held_out: Text on the held-out metrics, beginning with a comma; empty if there is no evaluation set.
+    """
     if trainer.is_world_process_zero():
         print(
             f"{name}: {rows}, {metrics['num_steps']:.0f} steps of {config.batch_size}, "

@@ -1,6 +1,6 @@
-"""rlhf: RLHF fine-tuning for language models on verified cores.
+"""rlhf: fine-tuning of language models by RLHF.
 
-Names are imported on first use, so that `import rlhf.core` needs torch alone and a script pays only for what it touches.
+Names are imported on first use, so that `import rlhf.core` needs only torch and a script loads only what it uses.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Processes and devices: the only file that knows accelerate. With one process everything here is the identity."""
+"""Processes and devices: the only file that uses accelerate. With one process, collectives return their input."""
 
 import atexit
 import os
@@ -31,8 +31,9 @@ class Distributed:
         tracker: str | None = None,
         tracker_dir: str | None = None,
     ) -> None:
-        """cpu: leave a GPU alone. precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a name
-        that Accelerate knows. InputError if the launch asks for what is not here, or the tracker is not installed.
+        """cpu: do not use a GPU. precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a
+        name that Accelerate knows. Raises InputError if the launch asks for sharding, the tracker is unknown or not
+        installed, or this process already uses another precision.
         """
         _check_launch()
         _check_tracker(tracker)
@@ -47,7 +48,7 @@ class Distributed:
             if "already been initialized" not in str(error):
                 raise
             raise InputError(
-                f"precision={precision!r}: this process has computed in another precision, which Accelerate fixes once. "
+                f"precision={precision!r}: this process already uses another precision, which Accelerate cannot change. "
                 "Start a new process."
             ) from error
         self.rank = self.accelerator.process_index
@@ -57,13 +58,13 @@ class Distributed:
         self.strategy = self.accelerator.distributed_type.value
         self.precision = precision
         self.notes = _notes_on_launch(self.world_size)
-        """Lines that a run says of how it was started."""
+        """Notes on how the run was launched, one line each, for the run to print."""
         self._plain = self.world_size == 1 and precision == "float32"
         if self.world_size > 1:
             atexit.register(_leave_group)
 
     def prepare(self, policy: Module, optimizer: Optimizer) -> tuple[Module, Optimizer]:
-        """The policy to train with (its parameters equal on all processes) and its optimizer."""
+        """The policy to train (its parameters equal on all processes) and its optimizer, wrapped for the processes."""
         if self._plain:
             return policy, optimizer
         return self.accelerator.prepare(policy, optimizer)
@@ -85,19 +86,20 @@ class Distributed:
 
     @contextmanager
     def accumulate(self, policy: Module, *, last: bool) -> Iterator[None]:
-        """Around a microbatch: only the last one of a minibatch exchanges gradients."""
+        """Context of a microbatch: only the last one of a minibatch exchanges gradients."""
         with nullcontext() if last or self.world_size == 1 else self.accelerator.no_sync(policy):
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """`loss` is this process's share of a global sum; data parallelism averages gradients, hence the factor."""
+        """`loss` is this process's share of a global sum. Data parallelism averages gradients, hence the factor
+        world_size."""
         if self._plain:
             loss.backward()
         else:
             self.accelerator.backward(loss * self.world_size)
 
     def clip_gradients(self, policy: Module, max_norm: float) -> Tensor:
-        """Scale the gradient down to `max_norm`; its norm before."""
+        """Scales the gradient down to `max_norm`; returns its norm before."""
         if self._plain:
             return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
         norm = self.accelerator.clip_grad_norm_(policy.parameters(), max_norm)
@@ -132,14 +134,14 @@ class Distributed:
         return batch.select(batch.row_index.argsort())
 
     def gather_objects(self, items: list[Any]) -> list[Any]:
-        """The list elements of all processes, in the order of ranks."""
+        """The elements of all processes' lists, in the order of ranks."""
         return items if self.world_size == 1 else gather_object(items)
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
     def start_tracking(self, run_name: str, config: Mapping[str, Any]) -> None:
-        """config: settings, nested ones under dotted names; trackers take numbers and text alone."""
+        """config: settings. Nested ones get dotted names; trackers take only numbers and text."""
         if self.accelerator.log_with:
             plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in dotted(config)}
             self.accelerator.init_trackers(run_name, config=plain)
@@ -148,7 +150,7 @@ class Distributed:
         self.accelerator.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Ends the trackers. The process group lives on: these processes may evaluate, or train something else."""
+        """Ends the trackers, not the process group: these processes may still evaluate, or train something else."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
@@ -159,15 +161,15 @@ SHARDED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron",
 }
-"""What `accelerate launch` sets in the environment, and what was then asked for."""
+"""Environment variable that `accelerate launch` sets -> the kind of sharding that it asks for."""
 
 
 def _check_launch() -> None:
-    """Refuse a launch that asks for sharding: it would be ignored, or do something else than is promised."""
+    """Refuses a launch that asks for sharding, which would be ignored or have another effect than asked for."""
     for variable, kind in SHARDED.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
             raise InputError(
-                f"accelerate launch asks for {kind}, and models are not sharded here: every process holds the whole one. "
+                f"accelerate launch asks for {kind}, but rlhf does not shard models: every process holds the whole one. "
                 "Launch with --config_file recipes/accelerate/ddp.yaml, or without that option."
             )
 
@@ -183,7 +185,7 @@ def _check_tracker(tracker: str | None) -> None:
 
 
 def _notes_on_launch(world_size: int) -> list[str]:
-    """`accelerate launch --cpu --num_processes 2` starts one process and tells it an address to meet the other one at."""
+    """A note if `accelerate launch --cpu --num_processes 2` started one process: it still sets the others' address."""
     environment = os.environ
     launched = "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment
     if world_size == 1 and launched and "MASTER_ADDR" in environment:

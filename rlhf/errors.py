@@ -1,17 +1,18 @@
-"""The two errors a user can meet, and the check that settings are of their declared types.
+"""The two errors that a user can meet, and `excerpt`, for their messages.
 
-Commands print an error's message alone; everything else is a defect of ours.
+Commands print only the message of these errors; any other exception is a bug in rlhf.
 """
 
 from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input: a setting, a data row, a tokenizer, a model, a reward function. Names it, its value and the remedy."""
+    """Bad input: a setting, a data row, a tokenizer, a model, a reward function. The message names it, its value and
+    the remedy."""
 
 
 class TrainingError(RuntimeError):
-    """A run that must not go on (a non-finite loss or gradient, an inconsistent model). Says at which step and where."""
+    """A run that must not go on (a non-finite loss or gradient, an inconsistent model). The message says where and when."""
 
 
 def excerpt(value: Any, limit: int = 60) -> str:

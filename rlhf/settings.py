@@ -1,4 +1,4 @@
-"""Settings, which are (nested) dataclasses: their names, and the check of their types."""
+"""Helpers for settings, which are (nested) dataclasses: dotted names and a check of types."""
 
 import dataclasses
 import types
@@ -13,9 +13,9 @@ from rlhf.errors import InputError
 def dotted(
     settings: Mapping[str, Any], *, is_group: Callable[[str], bool] = lambda name: True, prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in nested settings; an empty group is a value.
+    """(dotted name, value) of every setting in nested mappings; an empty mapping is a value.
 
-    is_group: whether the mapping of that name is to be entered.
+    is_group: whether to descend into the mapping of that dotted name.
     """
     for name, value in settings.items():
         if isinstance(value, Mapping) and value and is_group(prefix + name):
@@ -25,10 +25,10 @@ def dotted(
 
 
 def check_types(settings: Any) -> None:
-    """InputError for a field of a settings dataclass that is not of its declared type. Call it first in __post_init__.
+    """Raises InputError if a field of a settings dataclass is not of its declared type. Call it first in __post_init__.
 
-    Knows what settings are made of: numbers, text, true or false, one of several words, tuples and lists of these,
-    groups, and any of them or null. A command line has checked them already; Python has not.
+    Knows the types that settings have: numbers, text, booleans, literals, tuples and lists of these, groups (nested
+    dataclasses), and unions of them with null. The command line checks types itself; a call from Python does not.
     """
     for name, hint in _hints(type(settings)).items():  # type: ignore[arg-type]
         value = getattr(settings, name)
@@ -38,7 +38,7 @@ def check_types(settings: Any) -> None:
 
 @cache
 def _hints(settings: Hashable) -> dict[str, Any]:
-    """settings: the class."""
+    """Name -> declared type, of the fields of a settings class."""
     hints = typing.get_type_hints(settings)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
 

@@ -7,11 +7,11 @@ Worked example, a language model (rows=2, time=3; "." is padding, <e> the end-of
     mask           [[True  True  True], [True True False]]
     rewards        [[0     0     1.3 ], [0   -0.4   0   ]]   the score lies on the last token that counts
     values         V of the state *before* each token;  next_values[t] = values[t + 1], 0 after the end
-    terminated     [[F     F     T   ], [F    T     F   ]]   and so episode_ends; a cut at the limit only the latter
+    terminated     [[F     F     T   ], [F    T     F   ]]   so is episode_ends; a cut sets only episode_ends
 
-and a control task with automatic resets one step late (NEXT_STEP; rows=1, time=4, an episode of 2 steps and its ghost):
+and a control task with automatic resets one step late (NEXT_STEP; rows=1, time=4, a 2-step episode and its ghost step):
 
-    actions        [[1  0  *  1]]        mask          [[T  T  F  T]]     the ghost row's action was ignored
+    actions        [[1  0  *  1]]        mask          [[T  T  F  T]]     the ghost step's action was ignored
     rewards        [[1  1  0  1]]        terminated    [[F  F  F  F]]     the time limit cut it: truncated, not terminated
     episode_ends   [[F  T  F  F]]        next_values   [[V1 V2 *  V4]]    V2 is the value of the final observation
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
-"""What the policy needs to score `actions`, opaque to the algorithms; every tensor has a leading row dimension."""
+"""Inputs with which the policy scores `actions`, opaque to the algorithms; all tensors have a leading row dimension."""
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """name -> (sum, count); both are added over microbatches and processes before dividing."""
@@ -32,42 +32,43 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectories:
-    """What a collector fills and `Algorithm.prepare` reads; tensors are (rows, time), booleans where named so."""
+    """Filled by a collector and read by `Algorithm.prepare`; tensors are (rows, time) unless stated otherwise."""
 
     inputs: Inputs
     actions: Tensor
     """int64 tokens or discrete actions, or (rows, time, dimensions) for continuous ones."""
     mask: Tensor
-    """bool, True = counts: the EOS token does; padding, tool tokens and ghost steps do not."""
+    """bool: True where the element counts. The EOS token counts; padding, tool tokens and ghost steps do not."""
     rewards: Tensor
     """Reward of each step, before any KL penalty."""
     sampling_logprobs: Tensor
-    """Log-probs of the policy that really drew the actions, as it reported them."""
+    """Log-probs of the policy that drew the actions, as the sampler reported them."""
     old_logprobs: Tensor
     """Log-probs of the proximal policy (the learner's weights before the update), from the training forward."""
     values: Tensor
     next_values: Tensor
-    """V of the state that truly follows each step; the collector knows it, the recursion never guesses."""
+    """V of the state that actually follows each step. The collector fills it; GAE does not infer it from `values`."""
     terminated: Tensor
     """bool: the state after this step has no future, so nothing is bootstrapped."""
     episode_ends: Tensor
     """bool: terminated or truncated; what follows in the row is another episode (or nothing)."""
     ref_logprobs: Tensor | None = None
     old_distribution: Tensor | None = None
-    """(rows, time, parameters) of the action distribution that old_logprobs belong to; control tasks alone."""
+    """(rows, time, parameters) of the action distribution that old_logprobs come from; control tasks only."""
     row_tokens: Tensor
-    """(rows,) int64: how many tokens (observations) the row occupies in the policy's forward; decides the microbatches."""
+    """(rows,) int64: how many tokens (observations) the row occupies in the policy's forward; determines the
+    microbatches."""
     row_index: Tensor
     """(rows,) int64: the row's place in the global batch, whichever process holds it."""
     scored: Tensor | None = None
-    """(rows,) bool: False where no reward function gave a score; None: all have one. Algorithms that compare scores within
-    a group leave such rows out."""
+    """(rows,) bool: False where no reward function gave a score; None: every row has one. Algorithms that compare
+    scores within a group leave out rows without a score."""
     policy_version: Tensor | None = None
-    """(rows, time) int64: how many updates the policy that sampled each action had seen; None: all of them as many as the
-    policy that is trained now."""
+    """(rows, time) int64: version (number of updates) of the policy that sampled each action; None: the current version
+    for all."""
 
     def batch(self, **made: Any) -> "TrainingBatch":
-        """The batch to train on: what it has in common with the trajectories, and what `Algorithm.prepare` made of them."""
+        """The batch to train on: the fields that trajectories have too, and `made`, from `Algorithm.prepare`."""
         kept = {name: getattr(self, name) for name in _KEPT}
         return TrainingBatch(**{**kept, **made})
 
@@ -83,14 +84,14 @@ class Weighting:
 
 
 def token_mean(mask: Tensor, dtype: torch.dtype) -> Weighting:
-    """Every element that counts weighs the same, over the whole optimizer step and all processes."""
+    """Equal weight for every element that counts, over the whole optimizer step and all processes."""
     weight = mask.to(dtype)
     return Weighting(weight, weight.sum(-1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
-    """What `prepare` makes of trajectories and `loss` consumes. Tensors are (rows, time) or (rows,)."""
+    """Made from trajectories by `prepare` and consumed by `loss`. Tensors are (rows, time) or (rows,)."""
 
     inputs: Inputs
     actions: Tensor
@@ -108,11 +109,11 @@ class TrainingBatch:
     weightings: dict[str, Weighting]
     """Per loss term ("policy", "value", "entropy"), the weight of each element and its share of the denominator."""
     coefficients: dict[str, float] = field(default_factory=dict)
-    """Numbers of this step, such as an annealed clip range."""
+    """Coefficients for this step, such as an annealed clip range."""
     denominators: dict[str, Tensor] = field(default_factory=dict)
-    """Per loss term, the global denominator of the current minibatch; `update` fills it."""
+    """Per loss term, the global denominator of the current minibatch; filled by `prepare_minibatch`."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Global numbers that `prepare` already knows, such as the KL to the reference."""
+    """Global metrics from `prepare`, such as the KL to the reference."""
 
     @property
     def rows(self) -> int:
@@ -132,11 +133,11 @@ class TrainingBatch:
         return replace(batch, **cut, weightings=weightings)
 
     def flatten(self) -> "TrainingBatch":
-        """Every element a row of its own, (rows * time, 1): control tasks, whose minibatches are sets of transitions.
+        """Makes every element a row, (rows * time, 1), for control tasks, whose minibatches are sets of transitions.
 
-        Call it after `prepare`, which needs the order of time. Inputs are laid out (rows, time, ...); each element keeps
-        its weight and counts with it in the denominator, so that ghost steps weigh nothing. Row r, step t becomes row
-        index row_index[r] * time + t.
+        Call it after `prepare`, which needs the time order. Inputs must be (rows, time, ...). Each element keeps its
+        weight and adds it to the denominator, so that ghost steps count nothing. Step t of row r gets the row index
+        row_index[r] * time + t.
         """
         rows, time = self.mask.shape
 
@@ -177,12 +178,12 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOutputs:
-    """What one forward of the policy gives for a batch, (rows, time) each; None where the algorithm did not ask."""
+    """Outputs of one forward of the policy on a batch, (rows, time) each; None where the algorithm asks for none."""
 
     logprobs: Tensor
     values: Tensor | None = None
     entropy: Tensor | None = None
     distribution: Tensor | None = None
-    """(rows, time, parameters) of the action distribution; control tasks alone."""
+    """(rows, time, parameters) of the action distribution; control tasks only."""
     kl: Tensor | None = None
-    """KL(old || policy), exact, where the policy was given the old distribution."""
+    """Exact KL(old || policy), if the policy was given the old distribution."""

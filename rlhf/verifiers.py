@@ -1,11 +1,11 @@
-"""Reward functions that check answers and shape lengths, in the signature users write (rewards/combine.py).
+"""Reward functions that check answers, formats and lengths, with the signature described in rewards/combine.py.
 
-Usable as they are, also on a command line (`--reward rlhf.verifiers:math_equality`):
+Ready for use, also on a command line (`--reward rlhf.verifiers:math_equality`):
 
     exact_match, math_equality     1 if the final answer is the one in the column "answer", else 0
     think_format                   1 for one <think>...</think> followed by an answer, else 0
 
-Made by a call, so that a command line needs a file with one line such as `shorter = soft_overlong_punishment(512, 128)`:
+Made by a call; for a command line, write a file with a line such as `shorter = soft_overlong_punishment(512, 128)`:
 
     matches_format, repetition_penalty, soft_overlong_punishment, cosine_length
 
@@ -27,11 +27,13 @@ from rlhf.isolation.workers import Worker, WorkerDied, WorkerError, WorkerTimeou
 from rlhf.rewards.functions import signature_of
 
 CHECK_S = 5.0
-"""How long the check of one completion may take; it then scores 0."""
+"""Time limit for the check of one completion, in seconds; a completion that exceeds it scores 0."""
 LOST_S = 60.0
-"""Once so much of a call was lost to checks that did not end, the others of the call get a tenth of `CHECK_S`."""
-ANSWER_CHARACTERS, TEXT_CHARACTERS = 500, 4000
-"""A longer final answer scores 0; of a text without one, only the end is read."""
+"""Once failed checks have taken this many seconds of a call, its other checks get a tenth of `CHECK_S`."""
+ANSWER_CHARACTERS = 500
+"""A longer final answer scores 0 in `math_equality`."""
+TEXT_CHARACTERS = 4000
+"""How much of the end of a text `math_equality` reads if no final answer is marked."""
 Scores = list[float | None]
 Reward = Callable[..., Scores]
 
@@ -40,7 +42,7 @@ Reward = Callable[..., Scores]
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion: of a list of messages, the last one's."""
+    """The text of a completion; for a list of messages, that of the last one."""
     if isinstance(completion, str):
         return completion
     content = completion[-1]["content"] if completion else ""
@@ -48,7 +50,7 @@ def text_of(completion: Any) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """What is marked as the final answer by "####" or \\boxed{...} after all thinking; None if nothing is."""
+    """The final answer, marked by "####" or \\boxed{...}, after all thinking; None if nothing is marked."""
     text = text.rpartition("</think>")[2]
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0].strip()
@@ -60,11 +62,11 @@ def final_answer(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
             return text[start + len("\\boxed{") : end].strip()
-    return None  # it was cut
+    return None  # no closing brace: the text was cut
 
 
 def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> Scores:
-    """1 if the final answer (see above) is `answer`, or its final answer, to the character; else 0."""
+    """1 if the final answer (see above) equals that of `answer` in every character; else 0."""
 
     def final(text: str) -> str:
         marked = final_answer(text)
@@ -80,10 +82,10 @@ def math_equality(
     log_metric: Callable[[str, float], None] | None = None,
     **_: Any,
 ) -> Scores:
-    """1 if the final answer equals the one of column "answer" (or "solution") as mathematics, by math-verify; else 0.
+    """1 if math-verify finds the final answer equal to that of the column "answer" (or "solution"); else 0.
 
-    None where the column holds no mathematics. Each check has `CHECK_S` in a process that can be killed; one that takes
-    longer or crashes scores 0 and counts in the metric custom/math_checks_failed.
+    None where the column holds no mathematics. Each check may take `CHECK_S`, in a process that can be killed; one that
+    takes longer or crashes scores 0. The metric custom/math_checks_failed is the share of these.
     """
     gold = solution if answer is None else answer
     if gold is None:
@@ -96,16 +98,18 @@ def math_equality(
 def _checked(
     worker: Worker, rows: list[dict[str, Any]], metric: str, log_metric: Callable[[str, float], None] | None
 ) -> Scores:
-    """The worker's answer for each row; 0 where it gave none in time, and the share of these as `metric`."""
+    """The worker's score for each row; 0 where it failed or ran out of time. Logs the share of these as `metric`."""
     scores: Scores = []
-    failed, lost = 0, 0.0
+    failed = 0
+    lost = 0.0
     for row in rows:
         started = time.monotonic()
         try:
             scores.append(worker.call(row, CHECK_S if lost <= LOST_S else CHECK_S / 10))
         except (WorkerTimeout, WorkerDied, WorkerError):
             scores.append(0.0)
-            failed, lost = failed + 1, lost + time.monotonic() - started
+            failed += 1
+            lost += time.monotonic() - started
     if log_metric is not None:
         log_metric(metric, failed / max(1, len(rows)))
     return scores
@@ -113,20 +117,20 @@ def _checked(
 
 @functools.cache
 def _math_worker() -> Worker:
-    """One for this process. It starts with all imported and each parser used once: the deadline is for the check."""
+    """This process's worker. It is started with imports done and each parser used once: time limits cover only checks."""
     try:
         importlib.import_module("math_verify")
     except ImportError as error:
         raise InputError("math_equality needs math-verify: pip install rlhf-toolkit[math]") from error
     for name in ("math_verify.parser", "math_verify.grader"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they warn that time limits are ours to set
+        logging.getLogger(name).setLevel(logging.ERROR)  # they warn that they set no time limit; the worker does
     for answer, text in (("$\\frac{1}{2}$", "it is 1/2"), ("x^2 + 2x", "\\boxed{x(x+2)}"), ("\\{1\\}", "$(0, 1]$")):
         _equal(answer, text)
     return Worker(_equal)
 
 
 def _equal(gold: str, text: str) -> float | None:
-    """Runs in the worker."""
+    """Score of one completion, None if `gold` holds no mathematics. Runs in the worker."""
     import math_verify
 
     marked = final_answer(gold)
@@ -142,7 +146,7 @@ def _equal(gold: str, text: str) -> float | None:
 
 
 def _parsed(text: str, *, bare: bool) -> list[Any]:
-    """Expressions found. `bare`: the text is one expression without $...$, unless it is a sentence."""
+    """The expressions found in `text`. bare: it is one expression without $...$, unless it is a sentence."""
     import math_verify
 
     latex = math_verify.LatexExtractionConfig(boxed_match_priority=0)
@@ -169,9 +173,9 @@ def think_format(completions: Sequence[Any], **_: Any) -> Scores:
 
 
 def matches_format(pattern: str) -> Reward:
-    """1 if the whole completion matches the regular expression (where a dot is any character), else 0.
+    """1 if the whole completion matches the regular expression (a dot matches any character), else 0.
 
-    A pattern that takes longer than `CHECK_S` on a completion scores 0 there; custom/format_checks_failed counts these.
+    A completion on which matching takes longer than `CHECK_S` scores 0; custom/format_checks_failed is their share.
     """
     try:
         compiled = re.compile(pattern, re.DOTALL)
@@ -191,14 +195,14 @@ def matches_format(pattern: str) -> Reward:
 
 
 def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward:
-    """`max_penalty` times the share of word n-grams that repeat an earlier one; 0 for texts of fewer words.
+    """`max_penalty` times the share of word n-grams that repeat an earlier one; 0 for texts with fewer than n words.
 
-    Words are what white space separates, in lower case.
+    Words are separated by white space and compared in lower case.
     """
     if ngram_size < 1 or not (math.isfinite(max_penalty) and max_penalty <= 0):
         raise InputError(
-            f"repetition_penalty(ngram_size={ngram_size}, max_penalty={max_penalty}): give a size of at least 1 and a "
-            "penalty of at most 0."
+            f"repetition_penalty(ngram_size={ngram_size}, max_penalty={max_penalty}): give an ngram_size of at least "
+            "1 and a max_penalty of at most 0."
         )
 
     def penalty(text: str) -> float:
@@ -216,8 +220,8 @@ def soft_overlong_punishment(max_tokens: int, buffer_tokens: int) -> Reward:
     """DAPO (arXiv 2503.14476) eq. 13: 0 up to max_tokens - buffer_tokens, then linearly to -1 at max_tokens, -1 beyond."""
     if not 0 < buffer_tokens <= max_tokens:
         raise InputError(
-            f"soft_overlong_punishment(max_tokens={max_tokens}, buffer_tokens={buffer_tokens}): give a buffer of at "
-            "least 1 and at most max_tokens."
+            f"soft_overlong_punishment(max_tokens={max_tokens}, buffer_tokens={buffer_tokens}): give a "
+            "buffer_tokens of at least 1 and at most max_tokens."
         )
 
     def soft_overlong_punishment(completion_ids: Sequence[Sequence[int]], **_: Any) -> Scores:
@@ -237,11 +241,18 @@ def cosine_length(
 ) -> Reward:
     """The cosine reward of arXiv 2502.03373, section 4.2: brief right answers gain most, brief wrong ones lose most.
 
-    correct: a reward that scores above 0.5 what is right, such as `exact_match`; rows on which it abstains stay out.
-    right, wrong: the score at length 0 and at `max_tokens`, a half cosine between; `too_long`: at max_tokens and beyond.
+    Args:
+        correct: A reward function that scores right answers above 0.5, such as `exact_match`. Where it gives None, so
+            does the result.
+        right, wrong: The scores of right and wrong answers at length 0 and as the length nears `max_tokens`, with half
+            a cosine in between.
+        too_long: The score at `max_tokens` and beyond.
     """
     if max_tokens < 1 or not all(map(math.isfinite, (*right, *wrong, too_long))):
-        raise InputError(f"cosine_length: give max_tokens={max_tokens} of at least 1, and finite scores.")
+        raise InputError(
+            f"cosine_length(max_tokens={max_tokens}, right={right}, wrong={wrong}, too_long={too_long}): give a max_tokens "
+            "of at least 1 and finite scores."
+        )
     signature = signature_of(correct)
 
     def score(judged: float | None, length: int) -> float | None:
@@ -255,7 +266,8 @@ def cosine_length(
         judged = correct(**signature.select(keywords))
         if len(judged) != len(completion_ids):
             raise InputError(
-                f"cosine_length: {excerpt(correct)} gave {len(judged)} scores for {len(completion_ids)} rows."
+                f"cosine_length: {excerpt(correct)} gave {len(judged)} scores for {len(completion_ids)} "
+                "completions. Return one score for each."
             )
         return [score(verdict, len(ids)) for verdict, ids in zip(judged, completion_ids, strict=True)]
 

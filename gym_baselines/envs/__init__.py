@@ -1,1 +1,1 @@
-"""Environments: made, checked, seeded and stepped; their spaces."""
+"""Making, checking, seeding and stepping environments; their spaces."""

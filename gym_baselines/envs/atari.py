@@ -1,8 +1,8 @@
-"""Atari games as the DQN paper (Mnih et al. 2015, Nature 518) prepared them, where Gymnasium has no wrapper of its own.
+"""Prepares Atari games as in the DQN paper (Mnih et al. 2015, Nature 518).
 
-Gymnasium gives the random number of no-ops at the start, the frame skip with its maximum over two frames, the grey 84 x 84
-picture and the stack of frames. Missing there, and written here: the FIRE that starts a game, lives as episodes without a
-new game after each of them, the return of whole games, and seeds that cost nothing.
+Gymnasium provides the random number of no-ops at the start, the frame skip with its maximum over two frames, the grey
+84 x 84 image and the frame stack. This file adds what it lacks: pressing FIRE to start a game, lives as episodes
+without a new game after each of them, returns of whole games, and fast seeding.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from gymnasium.wrappers import AtariPreprocessing, TimeLimit, TransformReward
 from rlhf.errors import InputError
 
 NOOP, FIRE = 0, 1
-GAME_RESULT = ("game_return", "game_length")  # keys of the info that reports a whole game
+GAME_RESULT = ("game_return", "game_length")  # keys of the info that reports a finished game
 
 Reset = tuple[Any, dict[str, Any]]
 Step = tuple[Any, Any, bool, bool, dict[str, Any]]
@@ -23,10 +23,10 @@ Step = tuple[Any, Any, bool, bool, dict[str, Any]]
 def prepare_atari(
     game: gym.Env, *, learning: bool, sticky_actions: float = 0.0, max_episode_steps: int | None = None
 ) -> gym.Env:
-    """The pipeline, without the stack of frames: uint8 observations (84, 84), one step is four frames.
+    """Apply all wrappers except the frame stack: observations are uint8 (84, 84), one step is four frames.
 
-    game: an ALE environment made with frameskip=1 and repeat_action_probability=0. learning: a lost life ends the episode,
-    rewards are cut to their sign. Otherwise (evaluation) an episode is a whole game with its own rewards.
+    game: an ALE environment made with frameskip=1 and repeat_action_probability=0. learning: a lost life ends the
+    episode, and rewards are replaced by their sign. Otherwise (evaluation) an episode is a whole game with true rewards.
     sticky_actions: see SeededGame. max_episode_steps: truncates a game.
     """
     try:
@@ -37,7 +37,7 @@ def prepare_atari(
     except gym.error.DependencyNotInstalled as error:
         raise InputError("Atari pictures are scaled by OpenCV, which is missing: pip install opencv-python") from error
     except (AttributeError, TypeError) as error:
-        raise InputError(f"atari = true prepares ALE games, but {game} is none: set it to false.") from error
+        raise InputError(f"atari = true prepares ALE games, but {game} is not one: set it to false.") from error
     except InputError:
         raise
     except ValueError as error:
@@ -53,22 +53,25 @@ def prepare_atari(
 
 
 def sign(reward: Any) -> float:
-    """-1, 0 or 1: what a reward of any size counts in learning."""
+    """-1, 0 or 1: the reward that training uses."""
     return float(reward > 0) - float(reward < 0)
 
 
 class SeededGame(gym.Wrapper):
-    """Every game begins in the same state of the machine; a seed decides how many no-ops follow, and which actions stick.
+    """Seeds a game without reloading it: a seed decides how many no-ops start it, and which actions stick.
 
-    The ALE would load the game anew for a seed, which takes half a second, although without sticky actions of its own
-    nothing in it is random. Its plain reset, however, leaves traces of the last game (in Freeway, for one), so that the
-    state after the first reset is put back. Actions stick here instead, by the ALE's rule: in each frame, with this
-    probability, the last frame's action is played (Machado et al. 2018, "Revisiting the Arcade Learning Environment").
+    Given a seed, the ALE would reload the game, which takes half a second, although nothing in it is random without the
+    ALE's own sticky actions. An unseeded reset is fast but leaves traces of the last game (in Freeway, for one), so
+    this wrapper restores the state after the first reset: every game begins in the same machine state. Sticky actions
+    are done here, by the ALE's rule: in each frame, with probability `sticky_actions`, the last frame's action is
+    played instead (Machado et al. 2018, "Revisiting the Arcade Learning Environment").
     """
 
     def __init__(self, env: gym.Env, sticky_actions: float = 0.0) -> None:
         super().__init__(env)
-        self.sticky_actions, self._last, self._start = sticky_actions, NOOP, None
+        self.sticky_actions = sticky_actions
+        self._last = NOOP
+        self._start: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
         ale = self.unwrapped.ale  # type: ignore[attr-defined]
@@ -89,9 +92,9 @@ class SeededGame(gym.Wrapper):
 
 
 class GameReturns(gym.Wrapper):
-    """Reports a whole game when it is over: info["game_return"], its rewards, and info["game_length"], its steps.
+    """Reports a finished game: info["game_return"], the sum of its rewards, and info["game_length"], its steps.
 
-    It belongs inside whatever cuts games into episodes or changes rewards.
+    Must be inside all wrappers that split games into episodes or change rewards.
     """
 
     reports_games = True
@@ -114,10 +117,10 @@ class GameReturns(gym.Wrapper):
 
 
 class EpisodicLife(gym.Wrapper):
-    """A lost life terminates the episode, so that it costs the agent its future; the game goes on in the next episode.
+    """Ends the episode when a life is lost, so that it costs all future reward; the next episode resumes the game.
 
-    reset() starts a new game only if the last one is over. Otherwise it makes one step without an action, and
-    info["resumed_game"] says so. Needs info["lives"].
+    reset() starts a new game only if the last one is over. Otherwise it makes one step with NOOP and sets
+    info["resumed_game"]. Needs info["lives"].
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -132,15 +135,16 @@ class EpisodicLife(gym.Wrapper):
             if not (terminated or truncated):
                 self._lives = info["lives"]
                 return observation, {**info, "resumed_game": True}
-            result = {key: info[key] for key in GAME_RESULT if key in info}  # that step ended the game: report it still
+            result = {key: info[key] for key in GAME_RESULT if key in info}  # that step ended the game: report it here
         observation, info = self.env.reset(seed=seed, options=options)
-        self.game_is_over, self._lives = False, info["lives"]
+        self.game_is_over = False
+        self._lives = info["lives"]
         return observation, {**info, **result, "resumed_game": False}
 
     def step(self, action: Any) -> Step:
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.game_is_over = terminated or truncated
-        # Some games show 0 lives for some frames before they are over; the game's end will come by itself.
+        # Not at 0 lives: some games show 0 for some frames before they end, and then terminate by themselves.
         lost = 0 < info["lives"] < self._lives
         self._lives = info["lives"]
         return observation, reward, terminated or lost, truncated, info
@@ -158,7 +162,7 @@ class FireReset(gym.Wrapper):
         observation, _, terminated, truncated, fired = self.env.step(FIRE)
         info = {**info, **fired}
         if terminated or truncated:
-            observation, again = self.env.reset(options=options)  # no seed: the game's random numbers go on
+            observation, again = self.env.reset(options=options)  # without a seed, so that the random numbers continue
             info |= again
         self._lives = info.get("lives", 0)
         return observation, info
@@ -169,5 +173,6 @@ class FireReset(gym.Wrapper):
         self._lives = info.get("lives", 0)
         if lost and not (terminated or truncated):
             observation, more, terminated, truncated, info = self.env.step(FIRE)
-            reward, self._lives = float(reward) + float(more), info["lives"]
+            reward = float(reward) + float(more)
+            self._lives = info["lives"]
         return observation, reward, terminated, truncated, info

@@ -1,4 +1,4 @@
-"""Environments as the collector wants them: seeded reset by reset, never rendered, checked before the first step."""
+"""Makes environments for training and evaluation: checked, every reset seeded, never rendered in training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,24 +35,24 @@ Autoreset = Literal["next_step", "same_step", "disabled"]
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentConfig:
-    """How environments are made and stepped; what they are is said by `env`."""
+    """How environments are made and stepped. (Which environment it is, the setting `env` says.)"""
 
     vectorization: Vectorization = "sync"
-    """Step environments one after the other, in one process each (pays for slow ones only), or by EnvPool in C++."""
+    """Step environments one after the other, in a process each (pays only if they are slow), or by EnvPool in C++."""
     autoreset: Autoreset = "next_step"
-    """When an environment restarts; all give the same transitions, next_step with a masked step after each episode."""
+    """When an environment restarts. All modes give the same transitions; next_step adds a masked step per episode."""
     max_episode_steps: int | None = None
-    """Truncate an episode (in Atari: a game) after so many steps; null keeps the environment's own limit."""
+    """Truncate an episode (in Atari: a game) after this many steps; null keeps the environment's own limit."""
     frame_stack: int | None = None
-    """Observe so many of the last observations at once; null means 4 for an Atari game, else 1."""
+    """How many of the last observations are stacked into one; null means 4 for an Atari game, else 1."""
     flatten: bool = False
     """Turn observations of any fixed size (Discrete, Dict, Tuple, ...) into one vector."""
     action_masks: bool = False
-    """The environment gives info["action_mask"], true for each action that is allowed now, with every reset and step."""
+    """Use info["action_mask"], which every reset and step must then give: true for each action that is allowed next."""
     atari: bool = False
-    """Prepare an ALE game as in the DQN paper: 4 frames a step, grey 84 x 84, lives as episodes, signs as rewards."""
+    """Prepare an ALE game as in the DQN paper: 4 frames per step, grey 84 x 84, lives as episodes, signs as rewards."""
     sticky_actions: float = 0.0
-    """Probability that a game repeats the last action instead: 0 in most published PPO figures; the ALE recommends 0.25."""
+    """Probability of repeating the last action instead of the chosen one: 0 in most PPO papers; the ALE advises 0.25."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -63,7 +63,7 @@ class EnvironmentConfig:
         if not 0 <= self.sticky_actions <= 1:
             raise InputError(f"sticky_actions is a probability and must lie in [0, 1], got {self.sticky_actions}.")
         if self.sticky_actions and not self.atari:
-            raise InputError("sticky_actions is known to Atari games only: set atari to true, or sticky_actions to 0.")
+            raise InputError("sticky_actions is for Atari games only: set atari to true, or sticky_actions to 0.")
         if self.vectorization == "envpool":
             self._check_pool()
 
@@ -74,7 +74,7 @@ class EnvironmentConfig:
 
     def _check_pool(self) -> None:
         if self.autoreset != "next_step":
-            raise InputError(f"vectorization = 'envpool' knows autoreset = 'next_step' only, got {self.autoreset!r}.")
+            raise InputError(f"vectorization = 'envpool' needs autoreset = 'next_step', got {self.autoreset!r}.")
         for name in ("flatten", "action_masks"):
             if getattr(self, name):
                 raise InputError(f"{name} is not possible with vectorization = 'envpool': choose 'sync' or 'async'.")
@@ -94,10 +94,16 @@ def make_env(
     options: EnvironmentConfig | None = None,
     render_mode: str | None = None,
 ) -> SeededResets:
-    """One environment with seeded resets, from a Gymnasium id or a function that makes one.
+    """Make one environment with seeded resets.
 
-    purpose: EVALUATION plays whole Atari games with their own rewards, from start states that training never sees. Only
-    there may an environment have a render mode (for a video): in training it costs time for nothing.
+    Args:
+        env: A Gymnasium id, or a function that makes one environment.
+        seed: Seed of the start states, together with row and purpose.
+        row: Global index of the environment.
+        purpose: TRAINING or EVALUATION. EVALUATION plays whole Atari games with their own rewards, from start states
+            that training never uses.
+        options: How to make it; the defaults if None.
+        render_mode: For a video. Allowed in EVALUATION only: in training it would cost time for nothing.
     """
     options = options or EnvironmentConfig()
     if isinstance(env, str):
@@ -113,8 +119,8 @@ def make_env(
     if shown is not None and purpose == TRAINING:
         made.close()
         raise InputError(
-            f"The environment has render_mode={shown!r}, which slows training (several times, in some) and changes "
-            "nothing: make it without. Videos are made from the saved agent, in evaluation."
+            f"The environment has render_mode={shown!r}, which slows training (some environments several "
+            "times) for nothing: make it without. Record videos of the saved agent, in evaluation."
         )
     if options.atari:
         made = prepare_atari(
@@ -139,10 +145,19 @@ def make_vector_env(
     purpose: int = TRAINING,
     autoreset: Autoreset | None = None,
 ) -> VectorEnv:
-    """This process's environments: one for each global row index in `rows`. Raises InputError for what is not supported.
+    """Make the environments of this process.
 
-    env may also be a vector environment that the user made: it must hold as many environments as there are rows.
-    autoreset: instead of the one in `options`.
+    Args:
+        env: A Gymnasium id, a function that makes one environment, or a vector environment, which must hold as many
+            environments as there are rows.
+        rows: Global row index of each environment.
+        seed: Seed of the start states.
+        options: How to make them; the defaults if None.
+        purpose: See `make_env`.
+        autoreset: Replaces the mode in `options`.
+
+    Raises:
+        InputError: The environment is not supported.
     """
     options = options or EnvironmentConfig()
     if autoreset is not None:
@@ -165,7 +180,7 @@ def make_vector_env(
     check_environment(env, options)
     factories = [partial(make_env, env, seed=seed, row=row, purpose=purpose, options=options) for row in rows]
     mode = AUTORESET_MODES[options.autoreset]
-    # The collector copies observations into its own buffers, so the environments need not copy them once more.
+    # copy=False: the collector copies observations into its own buffers anyway.
     envs: Any
     if options.vectorization == "async":
         envs = AsyncVectorEnv(factories, copy=False, autoreset_mode=mode)
@@ -175,14 +190,15 @@ def make_vector_env(
             raise InputError(
                 "env gave the same environment twice: it must be a function that makes a new one each time."
             )
-    envs.replays, envs.reports_games = True, envs.call("reports_games")[0]
+    envs.replays = True
+    envs.reports_games = envs.call("reports_games")[0]
     return envs
 
 
 def check_environment(
     env: str | EnvFactory | VectorEnv, options: EnvironmentConfig | None = None
 ) -> tuple[gym.Space, gym.Space]:
-    """Make and reset one environment as training will; its spaces. InputError for anything that training cannot use."""
+    """Make and reset one environment as training will; returns its spaces. Raises InputError if it is unusable."""
     options = options or EnvironmentConfig()
     name = env if isinstance(env, str) else "the environment"
     if isinstance(env, VectorEnv) or is_pool(env):
@@ -262,7 +278,7 @@ def _make_pool(
 
 
 def _registered_spaces(name: str, options: EnvironmentConfig) -> tuple[gym.Space, gym.Space] | tuple[None, None]:
-    """Gymnasium's spaces for the same id, if it has it here. Those of games are the same, and slow to ask for."""
+    """Gymnasium's spaces for the id, if it is installed. Not for games, whose spaces are equal and slow to get."""
     if options.atari:
         return None, None
     try:

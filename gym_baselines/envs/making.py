@@ -1,4 +1,4 @@
-"""Making one environment from an id or a function, with a clear word about what is wrong with it."""
+"""Makes one environment from an id or a function, with a clear error message if that fails."""
 
 import difflib
 import importlib
@@ -13,7 +13,7 @@ from rlhf.errors import InputError
 
 EnvFactory = Callable[[], gym.Env]
 
-_PACKAGES = {  # what to install, by a part of the environment's entry point
+_PACKAGES = {  # part of the environment's entry point -> packages to install
     "envs.box2d": "'gymnasium[box2d]'",
     "envs.mujoco": "'gymnasium[mujoco]'",
     "envs.toy_text": "'gymnasium[toy-text]'",
@@ -22,7 +22,7 @@ _PACKAGES = {  # what to install, by a part of the environment's entry point
 
 
 def make_registered(name: str, *, atari: bool = False, **settings: Any) -> gym.Env:
-    """gymnasium.make with these settings; atari: the id must be an ALE game's."""
+    """gymnasium.make with these settings. atari: require that the id is an ALE game."""
     if atari or name.startswith("ALE/"):
         _register_games()
     try:
@@ -52,7 +52,7 @@ def _register_games() -> None:
 
 
 def make_by(factory: EnvFactory) -> gym.Env:
-    """The environment that the user's function makes."""
+    """Make the environment by the user's function."""
     if isinstance(factory, gym.Env | VectorEnv):
         raise InputError(
             f"env is an environment ({factory}), but each row needs one of its own: give a function that makes one, such "
@@ -65,7 +65,9 @@ def make_by(factory: EnvFactory) -> gym.Env:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"env is a function that fails: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"env, the function that makes an environment, failed: {type(error).__name__}: {error}"
+        ) from error
     if isinstance(made, VectorEnv) or not isinstance(made, gym.Env):
         raise InputError(
             f"env must be a Gymnasium id or a function that returns one gymnasium.Env, but it gave {made!r}."
@@ -74,7 +76,7 @@ def make_by(factory: EnvFactory) -> gym.Env:
 
 
 def flatten(env: gym.Env) -> gym.Env:
-    """Its observations as one vector."""
+    """Wrap the environment so that its observations are one vector."""
     if not env.observation_space.is_np_flattenable:
         raise InputError(f"flatten = true is not possible for {env.observation_space}, whose size is not fixed.")
     return FlattenObservation(env)

@@ -1,4 +1,4 @@
-"""EnvPool's environments, which are stepped in C++, as a Gymnasium vector environment."""
+"""Adapts EnvPool's environments, which are stepped in C++, to a Gymnasium vector environment."""
 
 import difflib
 from collections.abc import Sequence
@@ -13,34 +13,35 @@ from rlhf.errors import InputError
 
 
 class EnvPoolVectorEnv(VectorEnv):
-    """EnvPool (Weng et al. 2022): environments in C++, stepped by its own threads, restarting in NEXT_STEP mode.
+    """EnvPool (Weng et al. 2022): environments in C++, stepped by EnvPool's threads, with autoreset mode NEXT_STEP.
 
-    It says of a step that is both the end of an episode and its time limit that it was truncated only: in that one case
-    the value after the end counts. Its states cannot be restored.
+    If an episode terminates in the very step of its time limit, EnvPool reports only the truncation, so in that case
+    the value after the end counts. States of the environments cannot be restored.
     """
 
     replays = False
 
     def __init__(self, pool: Any) -> None:
-        """pool: what envpool.make(..., env_type="gymnasium") returns."""
+        """pool: the result of envpool.make(..., env_type="gymnasium")."""
         config = pool.config
         if config["batch_size"] not in (0, config["num_envs"]):
             raise InputError(
                 f"The EnvPool gives {config['batch_size']} of its {config['num_envs']} environments at a time: make it "
                 "without batch_size, so that a step moves all of them."
             )
-        self.pool, self.num_envs = pool, int(config["num_envs"])
+        self.pool = pool
+        self.num_envs = int(config["num_envs"])
         self._announce(pool.observation_space, pool.action_space)
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
         self.render_mode = None
-        self.reports_games = "episodic_life" in config  # Atari: infos then hold the true reward and the game's end
+        self.reports_games = "episodic_life" in config  # Atari: infos hold the true reward and the end of the game
         self._ghosts = np.zeros(self.num_envs, dtype=bool)
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
 
     def take_spaces(self, observations: gym.Space | None, actions: gym.Space | None) -> None:
-        """Announce these spaces, if they mean the same, instead of the pool's own.
+        """Use these spaces (Gymnasium's) instead of the pool's own if they hold the same kind of values.
 
-        EnvPool writes other bounds and precisions into some; with Gymnasium's, an agent can play in both.
+        Some of EnvPool's spaces have other bounds or precisions; with Gymnasium's, an agent can play in both.
         """
         if observations is None or actions is None:
             return
@@ -57,9 +58,11 @@ class EnvPoolVectorEnv(VectorEnv):
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if options:
             raise InputError(
-                f"EnvPool cannot reset with options ({', '.join(options)}): its environments restart only."
+                f"EnvPool cannot reset with options ({', '.join(options)}): its environments only restart."
             )
-        self._ghosts[:], self._returns[:], self._lengths[:] = False, 0.0, 0
+        self._ghosts[:] = False
+        self._returns[:] = 0.0
+        self._lengths[:] = 0
         return self.pool.reset()
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -77,7 +80,7 @@ class EnvPoolVectorEnv(VectorEnv):
         self.pool.close()
 
     def _add_games(self, infos: dict[str, Any], over: np.ndarray) -> None:
-        self._returns += infos["reward"]  # neither clipped nor cut into lives
+        self._returns += infos["reward"]  # the true reward, neither clipped nor per life
         self._lengths += ~self._ghosts
         if over.any():
             infos |= {"game_return": self._returns.copy(), "game_length": self._lengths.copy(), "_game_return": over}
@@ -85,7 +88,7 @@ class EnvPoolVectorEnv(VectorEnv):
 
 
 def make_pool(name: str, *, seeds: Sequence[int], **settings: Any) -> EnvPoolVectorEnv:
-    """EnvPool's environment `name`, one for each seed."""
+    """Make EnvPool's environment `name`, one instance per seed."""
     try:
         import envpool
     except ImportError as error:
@@ -105,11 +108,13 @@ def make_pool(name: str, *, seeds: Sequence[int], **settings: Any) -> EnvPoolVec
 
 
 def is_pool(envs: Any) -> bool:
-    """An EnvPool, told by its modules: its classes have no common public base."""
+    """Whether `envs` is an EnvPool, judged by its classes' modules, since they have no common public base."""
     if not any(base.__module__.startswith("envpool.") for base in type(envs).__mro__):
         return False
     if not isinstance(getattr(envs, "observation_space", None), gym.Space):
-        raise InputError("The EnvPool does not speak Gymnasium: make it with envpool.make(..., env_type='gymnasium').")
+        raise InputError(
+            "The EnvPool is not of type 'gymnasium': make it with envpool.make(..., env_type='gymnasium')."
+        )
     return True
 
 

@@ -1,4 +1,4 @@
-"""Start states: every reset is seeded by what it belongs to, so that an episode can be played again."""
+"""Seeds every reset by its row and episode, so that an episode can be replayed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,22 +9,22 @@ import torch
 
 from rlhf.core.random import ENV_RESET, uniform
 
-TRAINING, EVALUATION = 0, 1  # what an environment is for: evaluation never sees the start states of training
+TRAINING, EVALUATION = 0, 1  # purposes of an environment: evaluation never uses the start states of training
 
-_SEEDS_AT_ONCE = 32  # one vectorised draw gives the seeds of this many episodes
+_SEEDS_AT_ONCE = 32  # episodes whose seeds one vectorised draw gives
 
 
 def start_seeds(seed: int, rows: Sequence[int], purpose: int = TRAINING) -> list[int]:
-    """One seed below 2**31 for each row, the one of its first episode."""
+    """The seed, below 2**31, of each row's first episode."""
     return (uniform(seed, ENV_RESET, torch.tensor(list(rows)), 0, purpose) * 2**31).long().tolist()
 
 
 class SeededResets(gym.Wrapper):
-    """Every reset, the automatic ones too, is seeded by (seed, row, episode) alone.
+    """Seeds every reset, automatic ones included, by (seed, row, episode) alone.
 
-    So an episode does not depend on what was played before it or beside it, and can be replayed from its actions:
-    reset(options={"replay": {row: record}}) does it, with a record as `replay_record` gives it. If the replayed episode
-    was over, the next step ignores its action and resets, as NEXT_STEP does, unless reset is called before it.
+    So an episode does not depend on earlier episodes or other environments, and can be replayed from its actions:
+    reset(options={"replay": {row: record}}) does so, with the record that `replay_record` returned. If the replayed
+    episode was over, the next step ignores its action and resets, as in NEXT_STEP mode, unless reset is called first.
     """
 
     def __init__(self, env: gym.Env, *, seed: int, row: int, purpose: int = TRAINING) -> None:
@@ -32,10 +32,10 @@ class SeededResets(gym.Wrapper):
         self.episode = -1
         self.reports_games = env.has_wrapper_attr("reports_games")
         self._key = (seed, row, purpose)
-        self._seeds: tuple[int, list[int]] = (-1, [])  # which block of episodes, and their seeds
-        self._start = 0  # the episode whose reset began all that is running; a lost life's reset begins nothing
-        self._actions: list[Any] = []  # since then
-        self._resumed: list[int] = []  # numbers of actions made when such an episode began
+        self._seeds: tuple[int, list[int]] = (-1, [])  # index of a block of episodes, and their seeds
+        self._start = 0  # the episode whose reset began the running game (a reset after a lost life begins none)
+        self._actions: list[Any] = []  # actions since that reset
+        self._resumed: list[int] = []  # after how many of them a reset resumed the game after a lost life
         self._reset_is_due = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -49,14 +49,14 @@ class SeededResets(gym.Wrapper):
         if self._reset_is_due:
             observation, info = self._reset(None, {})
             return observation, 0.0, False, False, info
-        # A vector environment may give a view of an array that is filled anew for every step.
+        # Copied, since a vector environment may pass a view of an array that it overwrites in every step.
         self._actions.append(action.copy() if isinstance(action, np.ndarray) else action)
         return self.env.step(action)
 
     def replay_record(self) -> dict[str, Any]:
-        """Where this environment is: `episode` was reset, `actions` (steps, ...) were made in it.
+        """The present state: `episode`, the last one that began a game, and `actions`, (steps, ...), made since then.
 
-        resumed: after how many of the actions a reset let the same game go on (Atari's lives), in order.
+        resumed: after how many of the actions a reset resumed the same game (Atari's lives), in order.
         """
         space = self.action_space
         actions = np.array(self._actions) if self._actions else np.zeros((0, *(space.shape or ())), space.dtype)
@@ -75,8 +75,9 @@ class SeededResets(gym.Wrapper):
 
     def _replay(self, record: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         if self.env.has_wrapper_attr("game_is_over"):
-            self.env.set_wrapper_attr("game_is_over", True)  # a game that runs here is given up
-        actions, resumed = record["actions"], list(record.get("resumed", ()))
+            self.env.set_wrapper_attr("game_is_over", True)  # abandon the running game
+        actions = record["actions"]
+        resumed = list(record.get("resumed", ()))
         if not isinstance(actions, np.ndarray):
             actions = np.array(actions, dtype=self.action_space.dtype)
         self.episode = record["episode"] - 1
@@ -88,7 +89,8 @@ class SeededResets(gym.Wrapper):
             observation, _, terminated, truncated, info = self.step(action)
             over = terminated or truncated
         for _ in range(resumed.count(len(actions))):
-            (observation, info), over = self._reset(None, {}), False
+            observation, info = self._reset(None, {})
+            over = False
         self._reset_is_due = bool(over)
         return observation, info
 

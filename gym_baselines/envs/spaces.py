@@ -1,4 +1,4 @@
-"""Spaces: which ones the policies can handle, what kind of distribution their actions need, and JSON for a saved agent."""
+"""Spaces: which are supported, which action distribution each needs, and their JSON form in a saved agent."""
 
 from math import isfinite, prod
 from typing import Any
@@ -10,14 +10,14 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from rlhf.core.distributions import Categorical, Distribution, Gaussian, MultiCategorical, SquashedGaussian
 from rlhf.errors import InputError
 
-_SMALLEST_IMAGE = 36  # pixels per side that the Atari network's three convolutions need
+_SMALLEST_IMAGE = 36  # fewest pixels per side with which the Atari network's three convolutions work
 _MOST_CHANNELS = 16  # a stack of four colour pictures has 12
 
 
 def check_spaces_supported(
     observations: gym.Space, actions: gym.Space, name: str = "the environment", *, squash: bool = False
 ) -> None:
-    """Refuse by name what no policy here can handle. squash: actions are to be squashed into their bounds."""
+    """Raise InputError, naming the space, if no policy supports it. squash: actions are squashed into their bounds."""
     _check_observations(observations, name)
     if isinstance(actions, Box):
         _check_box_actions(actions, name, squash=squash)
@@ -66,7 +66,7 @@ def _check_box_actions(actions: Box, name: str, *, squash: bool) -> None:
 
 
 def action_family(actions: gym.Space, *, squash: bool = False) -> Distribution:
-    """The distribution for a supported action space. squash: a Gaussian squashed into the bounds of the Box."""
+    """The distribution for a supported action space. squash: for a Box, a Gaussian squashed into its bounds."""
     if isinstance(actions, Discrete):
         return Categorical(int(actions.n))
     if isinstance(actions, MultiDiscrete):
@@ -83,7 +83,7 @@ def action_family(actions: gym.Space, *, squash: bool = False) -> Distribution:
 
 
 def image_channels(observations: gym.Space) -> int | None:
-    """Where the channels are, 0 or 2, if these are pictures for the Atari network (bytes, 36 x 36 or more); else None."""
+    """The channel dimension, 0 or 2, of images for the Atari network (bytes, 36 x 36 or more); else None."""
     if not isinstance(observations, Box) or observations.dtype != np.uint8 or len(observations.shape) != 3:
         return None
     for place, (height, width) in ((0, observations.shape[1:]), (2, observations.shape[:2])):
@@ -93,7 +93,7 @@ def image_channels(observations: gym.Space) -> int | None:
 
 
 def are_alike(one: gym.Space, other: gym.Space) -> bool:
-    """Whether a policy for the one can be used with the other: bounds and number types may differ."""
+    """Whether a policy for one space can be used with the other; bounds and dtypes may differ."""
     if type(one) is not type(other) or one.shape != other.shape:
         return False
     facts, others = space_to_json(one), space_to_json(other)
@@ -104,7 +104,7 @@ def are_alike(one: gym.Space, other: gym.Space) -> bool:
 
 
 def space_to_json(space: gym.Space) -> dict[str, Any]:
-    """Plain values from which `space_from_json` makes an equal space; bounds that are all the same are written once."""
+    """JSON values from which `space_from_json` makes an equal space. A uniform bound is written once."""
     if isinstance(space, Discrete):
         return {"type": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
     if isinstance(space, MultiDiscrete):
@@ -123,7 +123,7 @@ def space_to_json(space: gym.Space) -> dict[str, Any]:
 
 
 def space_from_json(facts: dict[str, Any]) -> gym.Space:
-    """The space that `space_to_json` described. ValueError, KeyError or TypeError if it described none."""
+    """The space that `space_to_json` described. Raises ValueError, KeyError or TypeError if `facts` describe none."""
     kind = facts["type"]
     if kind not in ("Box", "Discrete", "MultiBinary", "MultiDiscrete"):
         raise ValueError(f"unknown space {kind!r}")
@@ -140,7 +140,7 @@ def space_from_json(facts: dict[str, Any]) -> gym.Space:
 
 
 def _bounds_to_json(bounds: np.ndarray) -> list[Any]:
-    """Flat; JSON has no infinity, so that is written as text."""
+    """The bounds as a flat list; infinity as text, since JSON has no number for it."""
     numbers = bounds.ravel()[:1] if (bounds == bounds.flat[0]).all() else bounds.ravel()
     return [number if isfinite(number) else str(number) for number in numbers.tolist()]
 

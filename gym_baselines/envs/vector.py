@@ -1,4 +1,4 @@
-"""Vector environments: what their steps and infos mean, EnvPool's and the user's own among them."""
+"""Reads the steps and infos of vector environments, and adapts EnvPool's and the user's own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ AUTORESET_MODES = {
 
 
 def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
-    """How the vector environment resets; InputError unless the collector knows what its steps then mean."""
+    """The autoreset mode of a vector environment. Raises InputError if the collector does not support it."""
     mode = (getattr(envs, "metadata", None) or {}).get("autoreset_mode")
     if not isinstance(mode, AutoresetMode) or mode not in AUTORESET_MODES.values():
         known = ", ".join(str(mode) for mode in AUTORESET_MODES.values())
@@ -33,20 +33,20 @@ def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
 
 
 def replays(envs: VectorEnv) -> bool:
-    """Whether running episodes can be restored by replaying them: so for what make_vector_env builds, EnvPool apart."""
+    """Whether running episodes can be restored by replay: true for all that make_vector_env builds but EnvPool."""
     return bool(getattr(envs, "replays", False))
 
 
 def replay_records(envs: VectorEnv, rows: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """What `replay` needs to bring each row back to where it is now; see SeededResets.replay_record."""
+    """Records from which `replay` brings each row back to its present state; see SeededResets.replay_record."""
     return dict(zip(rows, envs.call("replay_record"), strict=True))  # type: ignore[attr-defined]
 
 
 def replay(envs: VectorEnv, records: Mapping[int, Mapping[str, Any]]) -> tuple[Any, dict[str, Any]]:
-    """Restore every row from its record and return the observations and infos of the last steps made.
+    """Restore every row from its record; returns the observations and infos of the last replayed steps.
 
-    The caller should compare the observations with those it saved: an environment that is not a function of its seed
-    and its actions gives others.
+    The caller should compare the observations with those it saved: they differ if an environment is not a function of
+    its seed and its actions.
     """
     return envs.reset(options={"replay": records})
 
@@ -55,15 +55,15 @@ def replay(envs: VectorEnv, records: Mapping[int, Mapping[str, Any]]) -> tuple[A
 
 
 def reports_games(envs: VectorEnv) -> bool:
-    """Whether infos hold the results of whole games, of which episodes are only parts (Atari's lives)."""
+    """Whether infos report whole games, of which episodes are only parts (Atari's lives)."""
     return bool(getattr(envs, "reports_games", False))
 
 
 def finished_games(infos: Mapping[str, Any], ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The whole games that a step ended: (rows,) which, their undiscounted returns and their lengths, 0 elsewhere.
+    """The whole games that a step ended: (rows,) where one ended, its undiscounted return and its length, 0 elsewhere.
 
-    ends: (rows,) which episodes ended; a lost life ends an episode but no game. In SAME_STEP the result of a game is in
-    infos["final_info"], in the other modes in infos itself.
+    ends: (rows,) whether an episode ended; a lost life ends an episode but not the game. In SAME_STEP the result of a
+    game is in infos["final_info"], in the other modes in infos itself.
     """
     over, returns, lengths = np.zeros(len(ends), dtype=bool), np.zeros(len(ends)), np.zeros(len(ends), dtype=np.int64)
     for source in (infos, infos.get("final_info", {})):
@@ -77,11 +77,11 @@ def finished_games(infos: Mapping[str, Any], ends: np.ndarray) -> tuple[np.ndarr
 def action_masks(
     infos: Mapping[str, Any], num_choices: int, ends: np.ndarray, previous: np.ndarray | None = None
 ) -> np.ndarray:
-    """(rows, num_choices) bool: the actions that are allowed in the observations that came with these infos.
+    """The actions that are allowed in the observations that came with these infos, (rows, num_choices) bool.
 
-    ends: (rows,) whose observation is the last of its episode. No action follows it, so if none is allowed there, or no
-    mask is given, all are. previous: masks of the rows that these infos say nothing of (those a partial reset left alone).
-    Raises InputError where a mask is missing or of another size, TrainingError where no action is allowed.
+    ends: (rows,) whether the observation is the last of its episode. No action follows it, so if its mask is missing or
+    allows nothing, everything is allowed. previous: masks of rows that these infos leave out (after a partial reset).
+    Raises InputError if a mask is missing or of another size, TrainingError if no action is allowed.
     """
     masks = np.ones((len(ends), num_choices), dtype=bool) if previous is None else previous.copy()
     given = np.asarray(infos.get("_action_mask", np.full(len(ends), "action_mask" in infos)))
@@ -107,13 +107,13 @@ def action_masks(
     return masks
 
 
-# --- vector environments that are not made from single ones ---
+# --- vector environments that were not built by make_vector_env ---
 
 
 def as_vector_env(envs: Any, *, seed: int = 0, first_row: int = 0) -> VectorEnv:
-    """A vector environment that the user made, Gymnasium's or EnvPool's, as the collector wants it. It does not replay.
+    """Adapt the user's vector environment, Gymnasium's or EnvPool's, for the collector. It cannot be replayed.
 
-    Its first reset is seeded from (seed, first_row); EnvPool's seeds were fixed when it was made.
+    Its first reset is seeded from (seed, first_row); EnvPool's seeds were fixed when the pool was made.
     """
     if is_pool(envs):
         return EnvPoolVectorEnv(envs)
@@ -131,7 +131,7 @@ def as_vector_env(envs: Any, *, seed: int = 0, first_row: int = 0) -> VectorEnv:
 
 
 class SeededVectorEnv(VectorWrapper):
-    """The first reset is seeded; later ones go on with the environments' own random numbers."""
+    """Seeds the first reset; later ones continue with the environments' own random numbers."""
 
     replays = False
 
@@ -140,5 +140,6 @@ class SeededVectorEnv(VectorWrapper):
         self._seed: int | None = seed
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        seed, self._seed = self._seed if seed is None else seed, None
+        seed = self._seed if seed is None else seed
+        self._seed = None
         return self.env.reset(seed=seed, options=options)

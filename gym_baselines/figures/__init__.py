@@ -1,1 +1,1 @@
-"""The figures of `python -m gym_baselines plot`: one module each (settings, numbers, picture, verdict)."""
+"""The figures of `python -m gym_baselines plot`, one module each."""

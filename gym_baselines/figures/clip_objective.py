@@ -1,4 +1,4 @@
-"""L_CLIP against the ratio: which way each advantage pulls, and where the clip lets go."""
+"""Figure of PPO's clipped objective against the probability ratio, for several advantages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Config(FigureConfig):
     """The clipped objective of one action, as the probability ratio to the old policy changes."""
 
     clip_range: float = 0.2
-    """epsilon: the ratio gains nothing beyond 1 +- this."""
+    """epsilon: beyond 1 +- this, the objective no longer rewards a larger change of the ratio."""
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_range < 0.5:
@@ -33,10 +33,11 @@ def jobs(config: Config) -> list[Job]:
 
 
 def numbers(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The objective (not the loss) from the very function that training minimises, at 201 ratios in [0.5, 1.5]."""
+    """The objective (minus the loss), by the function that training uses, at 201 ratios in [0.5, 1.5]."""
     ratio = torch.linspace(0.5, 1.5, POINTS, dtype=torch.float64)[None]
     advantages = torch.tensor(ADVANTAGES, dtype=torch.float64)[:, None]
-    logprobs, mask = ratio.log().expand(len(ADVANTAGES), -1), torch.ones(len(ADVANTAGES), POINTS, dtype=torch.bool)
+    logprobs = ratio.log().expand(len(ADVANTAGES), -1)
+    mask = torch.ones(len(ADVANTAGES), POINTS, dtype=torch.bool)
     loss = clipped_surrogate(
         logprobs,
         torch.zeros_like(logprobs),
@@ -79,7 +80,7 @@ def draw(numbers: Mapping[str, Any]) -> Any:
 
 
 def _explain(panels: Sequence[Any], low: float, high: float) -> None:
-    """What to see, beside the curve of |A| = 2."""
+    """Annotate the curves of |A| = 2 with what they show."""
     arrow = {"arrowstyle": "->", "color": "black", "linewidth": 0.9}
     note = {"fontsize": "small", "arrowprops": arrow, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
     good, bad = panels

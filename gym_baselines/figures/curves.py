@@ -15,7 +15,18 @@ def evaluation_points(result: Mapping[str, Any]) -> list[tuple[float, float]]:
 def draw_curves(
     results: Mapping[str, Sequence[Mapping[str, Any]]], *, env: str, every: int, threshold: float | None, episodes: int
 ) -> Any:
-    """results: algorithm -> one result per seed. Where training lengths differ much, the axis of steps is logarithmic."""
+    """Draw one curve per algorithm. The steps axis is logarithmic if training lengths differ more than 3 times.
+
+    Args:
+        results: Algorithm -> one result per seed.
+        env: Name of the environment, for the title.
+        every: Environment steps between two evaluations.
+        threshold: Return that counts as solved, drawn as a line; None for no line.
+        episodes: Episodes of each evaluation, for the label.
+
+    Returns:
+        A matplotlib Figure.
+    """
     figure = new_figure(8.0, 4.6)
     axes = figure.subplots()
     ends = []

@@ -1,4 +1,4 @@
-"""GAE's lambda between one step (0) and the whole return (1): what it does to learning on a task of hundreds of steps."""
+"""Figure of the effect of GAE's lambda, from one step (0) to the whole return (1), on episodes of hundreds of steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from gym_baselines.measuring.jobs import Job
 from rlhf.errors import InputError
 
 JUDGED = 0.95
+"""The value of lambda that the verdict is about."""
 STUDENT = {2: 4.30, 3: 2.78, 4: 2.45, 5: 2.31, 6: 2.23, 7: 2.18, 8: 2.14, 9: 2.12}
-"""Seeds -> how many standard errors two means may differ by chance, in 19 of 20 cases (Student's t, 2 n - 2 degrees)."""
+"""Seeds n -> standard errors within which two equal means differ in 19 of 20 cases (Student's t, 2 n - 2 degrees)."""
 CURVE_POINTS = 40
 KEEP = {"series": ("environment_steps", "episode_return"), "measure_kl": False}
 
@@ -29,18 +30,18 @@ class Config(TrainedFigureConfig):
     total_steps: int = 200_000
     """Environment steps of every run."""
     eval_every: int = 200_000
-    """Environment steps between two evaluations, which this figure does not need: it shows the episodes of training."""
+    """Environment steps between two evaluations. This figure does not use them: it shows training episodes."""
     num_envs: int = 8
     """Environments played side by side."""
     rollout_steps: int = 256
-    """Steps of each between two updates: small, so that 200k steps are about a hundred updates (the preset, which is made
-    for a million steps, would make 12)."""
+    """Steps of each environment between two updates. Small, so that 200k steps are about a hundred updates (with the
+    preset, which is made for a million steps, they would be 12)."""
     minibatch_size: int = 128
     """Transitions of each gradient step."""
     num_epochs: int = 6
     """Epochs over each rollout."""
     learning_rate: float = 1e-3
-    """Adam's, falling to 0 over the run."""
+    """Learning rate of Adam at the start; it falls linearly to 0 over the run."""
     gamma: float = 0.99
     """Discount per step."""
 
@@ -71,7 +72,7 @@ def jobs(config: Config) -> list[Job]:
 
 
 def numbers(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Per lambda: the last training episodes' returns of each seed, their mean and deviation, and learning curves."""
+    """Per lambda: each seed's last training returns, their mean and standard deviation, and learning curves."""
     rows: list[dict[str, Any]] = []
     for value in sorted(config.lambdas):
         runs = [results[f"lambda{value:g}-seed{seed}"] for seed in range(config.seeds)]
@@ -105,7 +106,8 @@ def _training_curve(run: Mapping[str, Any]) -> list[tuple[float, float]]:
 def draw(numbers: Mapping[str, Any]) -> Any:
     figure = new_figure(10.5, 4.4)
     bars, curves = figure.subplots(1, 2)
-    rows, labels = numbers["rows"], [f"{row['lambda']:g}" for row in numbers["rows"]]
+    rows = numbers["rows"]
+    labels = [f"{row['lambda']:g}" for row in rows]
     for place, (row, colour) in enumerate(zip(rows, COLOURS * 2, strict=False)):
         bars.errorbar(place, row["mean"], row["std"], color=colour, marker="s", markersize=7, capsize=5, linewidth=1.6)
         offsets = np.linspace(-0.12, 0.12, len(row["mean_by_seed"])) if len(row["mean_by_seed"]) > 1 else np.zeros(1)
@@ -140,7 +142,7 @@ def _seeds(numbers: Mapping[str, Any]) -> str:
 
 
 def verdict(numbers: Mapping[str, Any]) -> str:
-    """Is .95 the best, as good as the best within the spread over seeds, or beaten?"""
+    """Says whether .95 is the best, not significantly worse than the best, or beaten."""
     lines = [f"lambda {row['lambda']:<5g} {row['mean']:7.1f} +- {row['std']:.1f}" for row in numbers["rows"]]
     judged = next((row for row in numbers["rows"] if row["lambda"] == JUDGED), None)
     if judged is None:
@@ -162,7 +164,7 @@ def verdict(numbers: Mapping[str, Any]) -> str:
 
 
 def _standard_error(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
-    """Of the difference of two means over seeds; None with one seed."""
+    """Standard error of the difference of two means over seeds; None with one seed."""
     if len(a["mean_by_seed"]) < 2:
         return None
     return float(np.sqrt(sum(np.var(row["mean_by_seed"], ddof=1) / len(row["mean_by_seed"]) for row in (a, b))))

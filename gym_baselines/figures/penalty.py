@@ -1,4 +1,4 @@
-"""PPO-Penalty: its coefficient steers the measured KL to the target; beside it the returns of PPO-Clip."""
+"""Figure of PPO-Penalty: its adaptive coefficient, the KL against the target, and returns compared with PPO-Clip."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from rlhf.errors import InputError
 
 NAMES = {"ppo_penalty": "PPO-Penalty", "ppo": "PPO-Clip"}
 SETTLED = 0.2
-"""The share of training after which the KL is judged."""
+"""The share of training after which the KL is compared with the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainedFigureConfig):
-    """PPO-Penalty on CartPole: coefficient and measured KL against the target, and returns beside PPO-Clip."""
+    """PPO-Penalty on CartPole: coefficient, measured KL against the target, and returns compared with PPO-Clip."""
 
     env: str = "CartPole-v1"
     """Gymnasium id; both algorithms use their presets."""
     penalty_target: float = 0.01
-    """KL(old || policy) per update that the coefficient steers to, in nats."""
+    """KL(old || policy) per update, in nats, that the coefficient is adapted to reach."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +48,7 @@ def jobs(config: Config) -> list[Job]:
 
 
 def numbers(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Per seed the coefficient and KL of every rollout; evaluation curves of both algorithms."""
+    """Coefficient and KL of every rollout, per seed; evaluation curves of both algorithms."""
     rollouts = [results[f"ppo_penalty-seed{seed}"]["series"] for seed in range(config.seeds)]
     return {
         "env": config.env,
@@ -121,7 +121,8 @@ def _running_median(values: np.ndarray, width: int = 15) -> np.ndarray:
 
 
 def verdict(numbers: Mapping[str, Any]) -> str:
-    target, settled = numbers["target"], [kl for kl in numbers["settled_kl"] if kl is not None]
+    target = numbers["target"]
+    settled = [kl for kl in numbers["settled_kl"] if kl is not None]
     if not settled:
         return "The runs are too short to judge the KL."
     inside = sum(target / 1.5 <= kl <= 1.5 * target for kl in settled)

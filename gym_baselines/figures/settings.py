@@ -9,13 +9,15 @@ from rlhf.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class FigureConfig:
+    """Settings of every figure."""
+
     output_dir: str | None = None
     """Folder of the picture, its numbers and the runs they come from; runs/plot-NAME if null."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedFigureConfig(FigureConfig):
-    """Figures that train. A small `total_steps` and `seeds` give a quick look."""
+    """Settings of figures that need training. Lower `total_steps` and `seeds` for a quick look."""
 
     seeds: int = 3
     """Runs of each variant, with seeds 0, 1, ..."""
@@ -30,7 +32,7 @@ class TrainedFigureConfig(FigureConfig):
     workers: int = 1
     """Runs at the same time, one thread each."""
     overwrite: bool = False
-    """Train again instead of drawing the results that the folder holds."""
+    """Train again, even if the folder already holds results."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "total_steps", "eval_every", "eval_episodes", "final_episodes", "workers"):
@@ -38,7 +40,7 @@ class TrainedFigureConfig(FigureConfig):
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def spec(self, env: str, algorithm: str, seed: int, **options: Any) -> RunSpec:
-        """A run of this figure. options: changes, series, measure_kl."""
+        """The specification of one run of this figure. options: changes, series and measure_kl of RunSpec."""
         return RunSpec(
             env=env,
             algorithm=algorithm,

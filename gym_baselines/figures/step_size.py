@@ -1,4 +1,4 @@
-"""What the clip protects from: the same surrogate with and without it, as the learning rate grows."""
+"""Figure of what the clip prevents: the same surrogate with and without it, at growing learning rates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ from rlhf.errors import InputError
 SURROGATES = ("clipped", "unclipped")
 COLOUR = dict(zip(SURROGATES, COLOURS, strict=False))
 LARGE = 0.95
+"""Quantile of the KL over updates that stands for large updates."""
 HOLDS = 0.5
-"""A learning rate still works if it ends above this share of the best final return of its surrogate."""
+"""A learning rate still works if its final return is above this share of the surrogate's best one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,9 @@ class Config(TrainedFigureConfig):
     env: str = "CartPole-v1"
     """Gymnasium id; its PPO preset is used, with the changes of this figure."""
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-    """From small to large."""
+    """Learning rates to compare."""
     num_epochs: int = 20
-    """Epochs over each rollout: the more, the farther an unbounded surrogate runs."""
+    """Epochs over each rollout: the more, the farther the unclipped surrogate moves the policy."""
     total_steps: int = 40_000
     """Environment steps of every run."""
 
@@ -62,7 +63,7 @@ def _spec(config: Config, surrogate: str, rate: float, seed: int) -> Any:
 
 
 def numbers(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Per surrogate: final return and KL of large updates, each [learning rate][seed]."""
+    """Final return and KL of large updates, as [learning rate][seed], for each surrogate."""
     rates = sorted(config.learning_rates)
     table: dict[str, Any] = {}
     for surrogate in SURROGATES:
@@ -83,7 +84,7 @@ def numbers(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _large_kl(run: Mapping[str, Any]) -> float | None:
-    """What one update in twenty exceeds. Not the median: a policy that has collapsed to one action moves no more."""
+    """The KL that one update in twenty exceeds. Not the median: a policy that collapsed to one action stays put."""
     kls = [kl for kl in run["kl_per_update"] if kl is not None]
     return float(np.quantile(kls, LARGE)) if kls else None
 
@@ -125,7 +126,7 @@ def draw(numbers: Mapping[str, Any]) -> Any:
 
 
 def verdict(numbers: Mapping[str, Any]) -> str:
-    """Up to which learning rate each surrogate still works."""
+    """Says up to which learning rate each surrogate still works."""
     lines = []
     rates = numbers["learning_rates"]
     for surrogate in SURROGATES:

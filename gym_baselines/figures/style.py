@@ -1,4 +1,4 @@
-"""What all figures share: colours that most people can tell apart, bands over seeds, files. No pyplot, no display."""
+"""Helpers for all figures: colours, bands over seeds, saving. Without pyplot, so no display is needed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ import numpy as np
 from rlhf.errors import InputError
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6bb1", "#7f7f7f", "#a6761d")
-"""The first seven are Okabe and Ito's, which differ for colour-blind readers too."""
+"""The first seven are those of Okabe and Ito, which colour-blind readers can tell apart too."""
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib Figure; inches."""
+    """An empty matplotlib Figure. width, height: in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -34,7 +34,16 @@ def tidy(axes: Any, *, title: str, x: str, y: str) -> None:
 
 
 def band(axes: Any, x: Any, by_seed: np.ndarray, *, colour: str, label: str, **line: Any) -> None:
-    """Median and min..max over the seeds. by_seed: (seeds, points), may hold NaN."""
+    """Draw the median over seeds as a line, and min..max as a band.
+
+    Args:
+        axes: Where to draw.
+        x: (points,)
+        by_seed: (seeds, points), may hold NaN.
+        colour: Of line and band.
+        label: Of the line, in the legend.
+        line: Further options of the line.
+    """
     axes.fill_between(x, np.nanmin(by_seed, 0), np.nanmax(by_seed, 0), color=colour, alpha=0.16, linewidth=0)
     axes.plot(x, np.nanmedian(by_seed, 0), color=colour, label=label, **{"linewidth": 1.8, **line})
 
@@ -51,13 +60,13 @@ def steps_text(steps: float) -> str:
 
 
 def at_grid(points: Sequence[tuple[float, float]], grid: Any) -> np.ndarray:
-    """The points' values by linear interpolation at `grid`; NaN before the first point and after the last."""
+    """The values of `points`, (steps, value), interpolated linearly at `grid`; NaN outside their range."""
     steps, values = np.array(points, dtype=float).T
     return np.interp(grid, steps, values, left=np.nan, right=np.nan)
 
 
 def common_grid(curves: Sequence[Sequence[tuple[float, float]]], every: float) -> np.ndarray:
-    """Multiples of `every` that all curves cover (their nearest ends, if none)."""
+    """The range of steps that all curves cover: its ends and multiples of `every`. One point if there is none."""
     first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     grid = np.arange(np.ceil(first / every), np.floor(last / every) + 1) * every
     return np.unique([first, *grid, last]) if first <= last else np.array([first])

@@ -1,4 +1,4 @@
-"""The tables of `compare`: numbers over seeds, from the runs' results, as markdown and as plain text."""
+"""The tables of `compare`: statistics over seeds, computed from the results of runs, as markdown and plain text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,22 @@ QUOTED = {
     "ppo": ("medium", "high", "high"),
     "sac": ("medium", "high", "high"),
 }
-"""Complexity, sample efficiency and stability as tutorials usually put them."""
+"""(complexity, sample efficiency, stability) as tutorials usually rate them."""
 
 
 class Summary(NamedTuple):
-    """One algorithm over its seeds. Medians count a seed that never reached the threshold as infinitely late."""
+    """Statistics of one algorithm over its seeds. A seed that never reached the threshold counts as infinitely late."""
 
     algorithm: str
     seeds: int
     steps: float
-    """Trained for, median."""
+    """Environment steps trained for, median."""
     final: tuple[float, float, float]
     """Return at the end: median, smallest, largest."""
     drop: float
     """Best evaluation minus the last, median."""
     reached: int | None
-    """Seeds that reached the threshold; None if there is none."""
+    """How many seeds reached the threshold; None if there is no threshold."""
     steps_to_threshold: float
     cpu_s_to_threshold: float
     cpu_us_per_step: float
@@ -39,7 +39,7 @@ class Summary(NamedTuple):
     kl_per_update: float | None
     lines: int | None
     own_lines: int | None
-    """Beyond those that all compared algorithms of its library execute."""
+    """Executed lines except those that all compared algorithms of the same library execute."""
 
 
 def summarize(
@@ -75,7 +75,7 @@ def first_at(result: Mapping[str, Any], threshold: float | None) -> Mapping[str,
 def count_lines(
     lines: Mapping[str, Mapping[str, Sequence[int]]], library_of: Mapping[str, str]
 ) -> dict[str, tuple[int, int | None]]:
-    """algorithm -> (lines executed, those that not every compared algorithm of its library executes; None if alone)."""
+    """Algorithm -> (executed lines, those that not all compared algorithms of its library execute; None if alone)."""
     sets: dict[str, set[tuple[str, int]]] = {
         name: {(file, line) for file in files for line in files[file]} for name, files in lines.items()
     }
@@ -87,7 +87,7 @@ def count_lines(
 
 
 def measured_table(summaries: Sequence[Summary], threshold: float | None) -> list[list[str]]:
-    """Head and rows of text."""
+    """Header and rows, as text."""
     goal = f"{threshold:g}" if threshold is not None else "a threshold"
     head = ["algorithm", "steps", "final return (min..max)", f"steps to {goal}", f"CPU s to {goal}"]
     head += ["CPU us per step", "peak memory", "KL per update", "lines of code"]
@@ -113,7 +113,7 @@ def measured_table(summaries: Sequence[Summary], threshold: float | None) -> lis
 
 
 def quoted_table(summaries: Sequence[Summary], threshold: float | None) -> list[list[str]]:
-    """The words that are usually quoted, each beside what was measured here."""
+    """The usual ratings, each next to what was measured here. Header and rows, as text."""
     goal = f"{threshold:g}" if threshold is not None else "a threshold"
     head = ["algorithm", "complexity", "own lines / all", "sample efficiency", f"steps to {goal}", "stability"]
     head += ["final min..max", "best - final"]
@@ -143,7 +143,7 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def plain(table: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces, the first to the left."""
+    """The table as text with aligned columns, the first one left-aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for first, *others in table:

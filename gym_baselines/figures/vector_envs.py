@@ -1,4 +1,4 @@
-"""One environment or several side by side, at equal steps: size of a rollout, time and return."""
+"""Figure that compares one environment with several side by side, at equal steps: rollout size, time and return."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ class Config(TrainedFigureConfig):
     env: str = "CartPole-v1"
     """Gymnasium id; its PPO preset is used, with the changes of this figure."""
     num_envs: tuple[int, ...] = (1, 4)
-    """Numbers of environments."""
+    """Numbers of environments to compare."""
     rollout_steps: int = 128
     """Steps of each environment between two updates."""
     minibatch_size: int = 64
-    """Transitions of each gradient step: equal, so that equal steps mean equally many gradient steps."""
+    """Transitions of each gradient step. The same for all, so that equal steps mean equally many gradient steps."""
     num_epochs: int = 10
     """Epochs over each rollout."""
     learning_rate: float = 3e-4
-    """Adam's, falling to 0 over the run."""
+    """Learning rate of Adam at the start; it falls linearly to 0 over the run."""
     total_steps: int = 50_000
     """Environment steps of every run."""
 
@@ -88,7 +88,8 @@ def draw(numbers: Mapping[str, Any]) -> Any:
     figure = new_figure(12.5, 4.2)
     sizes, times, returns = figure.subplots(1, 3)
     rows = numbers["rows"]
-    places, labels = np.arange(len(rows)), [_envs(row["num_envs"]) for row in rows]
+    places = np.arange(len(rows))
+    labels = [_envs(row["num_envs"]) for row in rows]
     sizes.bar(places, [row["rollout_size"] for row in rows], color=COLOURS[: len(rows)], width=0.55)
     for place, row in zip(places, rows, strict=True):
         sizes.annotate(f"{row['rollout_size']}", (place, row["rollout_size"]), ha="center", va="bottom")

@@ -1,6 +1,6 @@
-"""Many measured runs: each in a process of its own, several at a time, every result kept as a JSON file.
+"""Runs measured jobs, each in its own process and several at a time, and keeps every result as a JSON file.
 
-A result that is there already is not computed again, so what was interrupted continues with what is missing.
+Stored results are not computed again, so an interrupted call continues with the missing ones.
 """
 
 import json
@@ -26,20 +26,32 @@ PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 @dataclass(frozen=True)
 class Job:
-    """A run under a name: its result is `FOLDER/runs/NAME.json`."""
+    """A named run, whose result is stored in `FOLDER/runs/NAME.json`."""
 
     name: str
     spec: RunSpec
     task: str = "run"
-    """What measure.py does with it: "run", or "lines"."""
+    """The task of measure.py: "run" or "lines"."""
 
 
 def run_jobs(
     jobs: Sequence[Job], folder: str | Path, *, workers: int, overwrite: bool, description: str
 ) -> dict[str, dict[str, Any]]:
-    """name -> result of every job. Errors of a run are raised here, with its own message.
+    """Do the jobs whose results are missing, and read all results.
 
-    A stored result must come from the same settings, else InputError: results of different settings are never mixed.
+    Args:
+        jobs: What to run.
+        folder: The results go to its subfolder `runs`.
+        workers: How many processes run at the same time.
+        overwrite: Run all jobs, even those with stored results.
+        description: Label of the progress bar.
+
+    Returns:
+        Name -> result of every job.
+
+    Raises:
+        InputError: A run refused its settings, or a stored result has other settings, since these are never mixed.
+        TrainingError: A run failed.
     """
     folder = Path(folder) / RUNS_FOLDER
     missing = [job for job in jobs if overwrite or not _stored(job, folder)]
@@ -97,7 +109,7 @@ def _differences(wanted: Any, stored: Any, name: str) -> list[str]:
 
 
 def _run(job: Job, folder: Path, bar: tqdm, children: list[subprocess.Popen[str]]) -> None:
-    """One child process; its progress lines move the bar."""
+    """Do a job in a child process, and advance the bar by the progress lines that it prints."""
     path = folder / f"{job.name}.json"
     command = [
         sys.executable,
@@ -117,14 +129,14 @@ def _run(job: Job, folder: Path, bar: tqdm, children: list[subprocess.Popen[str]
     )
     children.append(child)
     assert child.stdout is not None and child.stderr is not None
-    with ThreadPoolExecutor(1) as reader:  # a full pipe would stop the child
+    with ThreadPoolExecutor(1) as reader:  # read stderr too: a full pipe would block the child
         errors = reader.submit(child.stderr.read)
         done = 0
         for line in child.stdout:
             facts = _progress(line)
             if facts is not None:
                 bar.set_postfix_str(f"{job.name}: return {facts['mean']:.1f}", refresh=False)
-                steps = min(facts["steps"], job.spec.total_steps)  # the last rollout may go beyond it
+                steps = min(facts["steps"], job.spec.total_steps)  # the last rollout may go beyond total_steps
                 bar.update(steps - done)
                 done = steps
         status, message = child.wait(), errors.result().strip()

@@ -1,4 +1,4 @@
-"""How much code an algorithm is, measured: the lines that its training really executes."""
+"""Measures how much code an algorithm is: the lines that its training really executes."""
 
 import ast
 import sys
@@ -8,15 +8,15 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-_OPTIMIZED = 0x1  # flag of the code of functions; modules and class bodies, which run on import, lack it
+_OPTIMIZED = 0x1  # code flag that functions have, and modules and class bodies (which run on import) lack
 
 
 def executed_lines(run: Callable[[], Any], packages: Sequence[str]) -> dict[str, list[int]]:
-    """Lines of statements in `packages` that `run()` executes in functions: file -> numbers, sorted.
+    """Lines of statements in functions of `packages` that `run()` executes: file -> sorted line numbers.
 
-    A statement over several lines counts with all of them, a compound one (if, for, with) with its head. Comments,
-    docstrings, blank lines, `def` lines and what runs on import do not count. File names are relative to their package's
-    parent. This module and `measure.py` are not counted.
+    All lines of a statement count, but only the head of a compound one (if, for, with). Comments, docstrings, blank
+    lines, `def` lines and code that runs on import do not count, nor do this module and `measure.py`. File names are
+    relative to the parent of their package.
     """
     roots = {name: Path(str(find_spec(name).origin)).parent for name in packages}  # type: ignore[union-attr]
     beside = {str(Path(__file__)), str(Path(__file__).with_name("measure.py"))}
@@ -59,7 +59,7 @@ def _relative(file: str, parents: Sequence[Path]) -> str:
 
 
 def _whole_statements(file: str, lines: set[int]) -> set[int]:
-    """All lines of the statements that were met, whichever of their lines the interpreter reported."""
+    """All lines of the executed statements, since the interpreter reports only some of them."""
     text = Path(file).read_text()
     counted: set[int] = set()
     for node in ast.walk(ast.parse(text)):

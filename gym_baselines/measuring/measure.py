@@ -1,4 +1,4 @@
-"""One measured training run, in a process of its own: `python -m gym_baselines.measuring.measure TASK SPEC_JSON RESULT`.
+"""Measures one training run, in its own process: `python -m gym_baselines.measuring.measure TASK SPEC_JSON RESULT`.
 
 TASK is run or lines.
 
@@ -30,10 +30,12 @@ PEER_PREFIX = "sb3_"
 
 
 class OwnPlayer:
-    """An agent of this package."""
+    """An agent of this package as a `Player`."""
 
     def __init__(self, agent: Agent) -> None:
-        self.agent, self.env, self.options = agent, agent.env, agent.environment_config()
+        self.agent = agent
+        self.env = agent.env
+        self.options = agent.environment_config()
 
     def evaluate(self, episodes: int, seed: int) -> np.ndarray:
         return evaluate(self.agent, episodes=episodes, seed=seed).returns
@@ -52,13 +54,13 @@ class OwnPlayer:
 
 
 def preset_steps(env: str, algorithm: str) -> int:
-    """How long an algorithm of this package trains by its preset."""
+    """Environment steps in the preset of an algorithm of this package."""
     spec = RunSpec(env=env, algorithm=algorithm, seed=0, total_steps=1, eval_every=1)
     return config_of(spec, keep_steps=True).total_steps
 
 
 def config_of(spec: RunSpec, *, keep_steps: bool = False) -> TrainConfig:
-    """The settings of a run of this package; keep_steps: train as long as the preset says."""
+    """The settings of a run of this package. keep_steps: keep the preset's total_steps."""
     changes = spec.changes | {"seed": spec.seed, "progress_bar": False}
     if not keep_steps:
         changes["total_steps"] = spec.total_steps
@@ -66,7 +68,7 @@ def config_of(spec: RunSpec, *, keep_steps: bool = False) -> TrainConfig:
 
 
 def key_of(spec: RunSpec) -> dict[str, Any]:
-    """What a stored result must agree on to be used again: the spec, and every setting that it comes to today."""
+    """What must be equal for a stored result to be used again: the spec, and all settings that follow from it now."""
     if spec.algorithm.startswith(PEER_PREFIX):
         from gym_baselines.measuring.peers import settings_of
 
@@ -77,13 +79,14 @@ def key_of(spec: RunSpec) -> dict[str, Any]:
 
 
 def measured_run(spec: RunSpec) -> dict[str, Any]:
-    """Train as `spec` says; the numbers, as JSON values."""
+    """Train as `spec` says, and return the measurements as JSON values."""
     warm_up()
     if spec.algorithm.startswith(PEER_PREFIX):
         from gym_baselines.measuring.peers import measured_peer
 
         return measured_peer(spec, Meter(spec))
-    config, meter = config_of(spec), Meter(spec)
+    config = config_of(spec)
+    meter = Meter(spec)
 
     def watch(agent: Agent, metrics: dict[str, float]) -> None:
         meter.after_update(int(metrics["environment_steps"]), OwnPlayer(agent), metrics)
@@ -93,7 +96,7 @@ def measured_run(spec: RunSpec) -> dict[str, Any]:
 
 
 def warm_up() -> None:
-    """What torch loads when it first takes a gradient step (2 s) belongs to no algorithm."""
+    """Let torch load what its first gradient step needs (2 s), so that no algorithm is charged for it."""
     layer = torch.nn.Linear(1, 1)
     layer(torch.ones(1, 1)).sum().backward()
     torch.optim.Adam(layer.parameters()).step()
@@ -113,7 +116,7 @@ def measured_lines(spec: RunSpec) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """The file is whole or absent."""
+    """Write the file atomically: no partial file is ever left."""
     write_whole(path, json.dumps(content, sort_keys=True, allow_nan=False).encode() + b"\n")
 
 

@@ -1,6 +1,6 @@
-"""What is measured of a training run while it goes on: evaluations, seconds, and the KL of every update.
+"""Measures a training run while it runs: evaluations, seconds, and the KL of every update.
 
-Clocks stand still while the run is evaluated and measured; progress goes to stdout as JSON lines.
+The clocks are paused during evaluations and measurements. Progress goes to stdout as JSON lines.
 """
 
 import json
@@ -17,20 +17,21 @@ import numpy as np
 from gym_baselines.envs.environments import EVALUATION, EnvironmentConfig, make_env
 
 PROBE_ENVS, PROBE_STEPS, PROBE_STRIDE = 8, 128, 4
-"""The states on which an update's KL is measured: every 4th of 128 steps of 8 environments, 256 in all."""
+"""The KL of updates is measured at the states of every 4th of 128 steps of 8 environments, 256 in all."""
 LAST_RETURNS = 20
+"""How many returns of the last training episodes a result keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """What decides a run's result, and what is measured on the way."""
+    """Settings that decide the result of a run, and what to measure during it."""
 
     env: str
     algorithm: str
     seed: int
     total_steps: int
     changes: dict[str, Any] = field(default_factory=dict)
-    """Settings that differ from the preset, by their names."""
+    """Settings that differ from the preset, by name."""
     eval_every: int
     """Environment steps between two evaluations."""
     eval_episodes: int = 20
@@ -49,20 +50,20 @@ class Player(Protocol):
     """How its environments are made."""
 
     def evaluate(self, episodes: int, seed: int) -> np.ndarray:
-        """Returns of complete greedy episodes from the start states that (seed, episode) decide, (episodes,)."""
+        """Returns of complete greedy episodes, (episodes,), whose start states depend on (seed, episode)."""
 
     def sample(self, observations: np.ndarray, step: int) -> np.ndarray:
-        """Actions drawn from the policy, as the environment takes them."""
+        """Actions sampled from the policy, as the environment takes them."""
 
     def distribution(self, observations: np.ndarray) -> Any:
-        """The action distributions at these states, or None if updates are not measured by their KL."""
+        """The action distributions at these observations, or None if the KL of updates is not measured."""
 
     def kl(self, old: Any, new: Any) -> float:
-        """Mean KL(old || new) over the states, exact."""
+        """Exact KL(old || new), averaged over the states."""
 
 
 class Stopwatch:
-    """CPU and wall seconds of this process, without what happens while it is paused."""
+    """CPU and wall seconds of this process, without those spent while paused."""
 
     def __init__(self) -> None:
         self._counted = np.zeros(2)
@@ -79,11 +80,12 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A pause within a pause changes nothing."""
+        """Pause the clock; a pause within a pause has no effect."""
         if self._since is None:
             yield
             return
-        self._counted, self._since = self._counted + (self._now() - self._since), None
+        self._counted = self._counted + (self._now() - self._since)
+        self._since = None
         try:
             yield
         finally:
@@ -91,7 +93,7 @@ class Stopwatch:
 
 
 class Meter:
-    """Watches a run from the callback after each update; `result` is what goes into the file."""
+    """Measures a run from a callback after each update; `result` gives the content of the result file."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
@@ -120,7 +122,7 @@ class Meter:
         with self.clock.paused():
             returns = player.evaluate(episodes, self.spec.seed)
         if self.evaluations and self.evaluations[-1]["steps"] == self.steps:
-            self.evaluations.pop()  # the same policy: the evaluation at the end has more episodes
+            self.evaluations.pop()  # of the same policy: the evaluation at the end replaces it, with more episodes
         mean, std = float(returns.mean()), float(returns.std())
         cpu, wall = self.clock.read()
         point = {"steps": self.steps, "cpu_s": cpu, "wall_s": wall, "mean": mean, "std": std, "episodes": episodes}
@@ -128,9 +130,9 @@ class Meter:
         _say(steps=self.steps, mean=mean)
 
     def result(self, player: Player, last_returns: list[float]) -> dict[str, Any]:
-        """Call at the end of training: evaluates once more."""
+        """Evaluate once more and return the measurements. To be called at the end of training."""
         cpu, wall = self.clock.read()
-        peak = peak_memory_bytes()  # before the evaluation, which may hold more environments than training
+        peak = peak_memory_bytes()  # read before the evaluation, which may use more environments than training
         self.evaluate(player, self.spec.final_episodes)
         return {
             "evaluations": self.evaluations,
@@ -144,9 +146,9 @@ class Meter:
         }
 
     def _measure_kl(self, player: Player) -> None:
-        """KL(policy before the update || after it), at states that the policy visited lately."""
+        """Record KL(policy before the update || after it), at states that the policy visited recently."""
         if self._states is None:
-            self._visit(player)  # the policy before the first update was not seen
+            self._visit(player)  # the first update is not measured: the policy before it was not seen
             return
         now = player.distribution(self._states)
         if now is not None:
@@ -154,14 +156,14 @@ class Meter:
         self._before = now
 
     def _visit(self, player: Player) -> None:
-        """Refresh the states that the KL is measured at: where the policy goes now, beside training."""
+        """Replace the states at which the KL is measured by those that the present policy visits, outside training."""
         if self.spec.measure_kl:
             self._states = probe_states(player, self.spec.seed)
             self._before = player.distribution(self._states)
 
 
 def probe_states(player: Player, seed: int) -> np.ndarray:
-    """States that the sampling policy visits, (256, ...); the environments are not those of training."""
+    """States that the policy visits with sampled actions, (256, ...), in environments of their own."""
     envs = [
         make_env(player.env, seed=seed, row=row, purpose=EVALUATION, options=player.options)
         for row in range(PROBE_ENVS)
@@ -180,7 +182,7 @@ def probe_states(player: Player, seed: int) -> np.ndarray:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process held. Linux's ru_maxrss would count what the parent held when it started the process."""
+    """Peak memory of this process. Not ru_maxrss on Linux: it includes what the parent held at the start."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
@@ -192,7 +194,7 @@ def peak_memory_bytes() -> int:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no NaN."""
+    """None for NaN and infinity, which JSON does not have."""
     return value if value is not None and np.isfinite(value) else None
 
 

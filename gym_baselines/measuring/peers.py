@@ -1,6 +1,6 @@
-"""Stable-Baselines3 beside us: its algorithms at rl-zoo's tuned settings, measured like our own. Extra: `peers`.
+"""Measures algorithms of Stable-Baselines3, with rl-zoo's tuned settings, like our own. Needs the extra `peers`.
 
-Its training environments get no render mode (its default "rgb_array" makes LunarLander 4 times slower).
+Their training environments get no render mode (the library's default "rgb_array" makes LunarLander 4 times slower).
 """
 
 from contextlib import closing
@@ -27,16 +27,16 @@ ALGORITHMS = {
 """Name in `compare` -> (package, class)."""
 
 ACTIONS = {"sb3_dqn": (Discrete,), "sb3_sac": (Box,)}
-"""What is needed by those that do not take every action space."""
+"""Action spaces that an algorithm needs, if it does not take all."""
 
 PACKAGES = {"stable_baselines3": "stable-baselines3", "sb3_contrib": "sb3-contrib"}
 DEFAULT_STEPS = 100_000
 LINES_STEPS = {"sb3_dqn": 1_600, "sb3_sac": 250}
-"""Steps after which each has learnt at least once; the others need two rollouts."""
+"""Steps after which an off-policy algorithm has learnt at least once; the others play two rollouts."""
 
 
 def require(algorithm: str, env: str) -> None:
-    """InputError unless the peer is known, fits the environment and is installed."""
+    """Raise InputError unless the algorithm is known, fits the environment and is installed."""
     if algorithm not in ALGORITHMS:
         raise InputError(f"algorithms: there is no peer {algorithm!r}; known: {', '.join(ALGORITHMS)}.")
     _check_spaces(algorithm, env)
@@ -64,7 +64,8 @@ def _check_spaces(algorithm: str, env: str) -> None:
 
 
 def measures_kl(algorithm: str) -> bool:
-    """DQN has no distribution, and the steps of both off-policy algorithms are single minibatches."""
+    """Whether the KL per update is measured. Not for DQN and SAC: their updates are single minibatches, and DQN has no
+    distribution."""
     return algorithm not in ("sb3_dqn", "sb3_sac")
 
 
@@ -73,7 +74,7 @@ def default_steps(algorithm: str, env: str) -> int:
 
 
 def measured_peer(spec: RunSpec, meter: Meter) -> dict[str, Any]:
-    """As `measure.measured_run`, for an algorithm of Stable-Baselines3."""
+    """Like `measure.measured_run`, for an algorithm of Stable-Baselines3."""
     model = build(spec)
     player = PeerPlayer(model, spec.env)
     model.learn(spec.total_steps, callback=_watcher(meter, player))
@@ -89,7 +90,7 @@ def peer_lines(spec: RunSpec) -> dict[str, list[int]]:
 
 
 def settings_of(spec: RunSpec) -> dict[str, Any]:
-    """The zoo's settings and the run's own; where there are none, the library's defaults."""
+    """The zoo's settings, overridden by those of the run. The library's defaults apply to all others."""
     return {**ZOO.get((spec.algorithm, spec.env), {}), **spec.changes}
 
 
@@ -111,7 +112,7 @@ def build(spec: RunSpec) -> Any:
 
 
 def _schedule(value: Any) -> Any:
-    """ "lin_0.001" falls to 0 with the share of the training that is left."""
+    """The zoo's "lin_0.001" as a function that falls linearly to 0 over the training; other values unchanged."""
     if isinstance(value, str) and value.startswith("lin_"):
         start = float(value.removeprefix("lin_"))
         return lambda remaining: start * remaining
@@ -119,7 +120,7 @@ def _schedule(value: Any) -> Any:
 
 
 def _watcher(meter: Meter, player: "PeerPlayer") -> Any:
-    """A callback of Stable-Baselines3: a new rollout begins where an update has ended."""
+    """A callback of Stable-Baselines3 that measures at the start of a rollout, which follows an update."""
     from stable_baselines3.common.callbacks import BaseCallback
 
     class Watcher(BaseCallback):
@@ -134,10 +135,12 @@ def _watcher(meter: Meter, player: "PeerPlayer") -> Any:
 
 
 class PeerPlayer:
-    """A model of Stable-Baselines3 in training."""
+    """A model of Stable-Baselines3 in training, as a `Player`."""
 
     def __init__(self, model: Any, env: str) -> None:
-        self.model, self.env, self.options = model, env, EnvironmentConfig()
+        self.model = model
+        self.env = env
+        self.options = EnvironmentConfig()
         self.normalizer = model.get_vec_normalize_env()
 
     def evaluate(self, episodes: int, seed: int) -> np.ndarray:
@@ -159,7 +162,7 @@ class PeerPlayer:
         return returns
 
     def sample(self, observations: np.ndarray, step: int) -> np.ndarray:
-        with torch.random.fork_rng(devices=[]):  # what is measured must not disturb training
+        with torch.random.fork_rng(devices=[]):  # measuring must not disturb training
             torch.manual_seed(step)
             return self.model.predict(self._normalized(observations), deterministic=False)[0]
 

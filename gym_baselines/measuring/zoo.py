@@ -1,8 +1,8 @@
-"""Settings of rl-baselines3-zoo for Stable-Baselines3's algorithms, as they are written there.
+"""Settings of rl-baselines3-zoo for Stable-Baselines3's algorithms, copied unchanged.
 
-hyperparams/{dqn,sac,ppo,a2c,trpo}.yml at commit 22e3ff2 (2026-04-23). Our presets are checked against them, and `compare`
-runs Stable-Baselines3 with them. `n_envs`, `n_timesteps`, `normalize` and "lin_x" (x, falling to 0) are the zoo's own; the
-rest are arguments of the class.
+Source: hyperparams/{dqn,sac,ppo,a2c,trpo}.yml at commit 22e3ff2 (2026-04-23). Tests compare our presets with them, and
+`compare` runs Stable-Baselines3 with them. `n_envs`, `n_timesteps`, `normalize` and "lin_x" (x, falling to 0) are the
+zoo's own; the rest are arguments of the algorithm's class.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ _LANDER: Settings = {
 }
 
 _MUJOCO: Settings = {"n_timesteps": 1_000_000, "normalize": True}
-"""The zoo's mujoco-defaults, for all robots. Of those here it uses them for Ant alone; Hopper, HalfCheetah and Walker2d
-have tuned entries of their own there, which our presets do not follow either (see presets.py)."""
+"""The zoo's mujoco-defaults, used here for all robots. The zoo uses them only for Ant, and has tuned entries for
+Hopper, HalfCheetah and Walker2d, which our presets do not follow either (see presets.py)."""
 
 ZOO: dict[tuple[str, str], Settings] = {
     ("sb3_dqn", "CartPole-v1"): {
@@ -160,4 +160,4 @@ ZOO: dict[tuple[str, str], Settings] = {
         "n_critic_updates": 15,
     },
 }
-"""(algorithm, environment) -> settings. Where there are none, `compare` uses the library's own defaults and says so."""
+"""(algorithm, environment) -> settings. For other pairs, `compare` uses the library's own defaults and says so."""

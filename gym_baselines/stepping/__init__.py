@@ -1,1 +1,1 @@
-"""Optimizer steps that pay off for small networks: on vectors, and compiled."""
+"""Faster optimizer steps for small networks: on flat vectors, or compiled."""

@@ -1,9 +1,10 @@
-"""An optimizer step as one compiled graph: forward, loss, gradient, clipping and the optimizer's arithmetic together.
+"""Compiles an optimizer step as one graph: forward, loss, gradient, clipping and the optimizer's arithmetic together.
 
-Small networks spend nearly all of an update on starting operations, not on computing them. Here each minibatch is one call.
-The policy, the algorithm's loss and `prepare_minibatch` are the very ones of eager mode: they are traced once per shape of
-the batch (`make_fx`, gradients by `torch.func.grad`), and TorchInductor makes C++ of the trace. Numbers that change during
-a run (learning rate, clip range, penalty) are inputs of the graph, so they never cause another compilation.
+With small networks, nearly all the time of an update goes into launching operations, not into computing. Here each
+minibatch is one call. Policy, loss and `prepare_minibatch` are the same code as in eager mode: they are traced once per
+shape of the batch (`make_fx`, gradients by `torch.func.grad`), and TorchInductor compiles the trace to C++. Numbers
+that change during a run (learning rate, clip range, penalty) are inputs of the graph, so they never cause a
+recompilation.
 """
 
 import os
@@ -33,18 +34,19 @@ from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
 Compiler = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
 
 _STOP_REASONS: tuple[StopReason | None, ...] = (None, "target_kl", "gradient")
-"""What the graph's verdict means."""
+"""The meaning of the graph's verdict, an index into this."""
 
 
 def inductor(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """C++ for exactly these shapes. `cpp_wrapper`: between the kernels, too, which takes a third off a small step."""
-    from torch._inductor import compile as compile_graph  # here, since it takes seconds to load
+    """Compile the graph to C++ for exactly these shapes. `cpp_wrapper` saves a third of a small step's time, by
+    C++ between the kernels too."""
+    from torch._inductor import compile as compile_graph  # imported here, since it takes seconds to load
 
     return compile_graph(graph, [*inputs], options={"cpp_wrapper": True})
 
 
 class CompiledStepper:
-    """Steps on control tasks, by one process on the CPU, with Adam or RMSprop."""
+    """Compiled optimizer steps for control tasks: one process, on the CPU, with Adam or RMSprop."""
 
     def __init__(
         self,
@@ -58,12 +60,32 @@ class CompiledStepper:
         microbatch_tokens: int,
         compiler: Compiler = inductor,
     ) -> None:
-        """compiler: makes a function of a traced graph. InputError if this combination cannot be compiled."""
+        """Check that this combination can be compiled.
+
+        Args:
+            policy: The policy to train.
+            algorithm: Its loss is compiled.
+            optimizer: Adam or RMSprop, with one group of parameters.
+            distributed: Must have one process.
+            max_grad_norm: Gradient norm above which gradients are clipped.
+            target_kl: Stop the update if the KL of a minibatch exceeds 1.5 times this; None for no limit.
+            microbatch_tokens: Most rows of a minibatch, which is never divided here.
+            compiler: Makes a callable from a traced graph and example inputs.
+
+        Raises:
+            InputError: The combination cannot be compiled.
+        """
         _check_usable(policy, optimizer, distributed)
-        self.policy, self.algorithm, self.optimizer, self.compiler = policy, algorithm, optimizer, compiler
-        self.max_grad_norm, self.target_kl, self.microbatch_tokens = max_grad_norm, target_kl, microbatch_tokens
-        self._parameters, self._buffers = dict(policy.named_parameters()), _buffers(policy)
-        self._trained: list[str] = []  # those that get a gradient, which the first batch shows
+        self.policy = policy
+        self.algorithm = algorithm
+        self.optimizer = optimizer
+        self.compiler = compiler
+        self.max_grad_norm = max_grad_norm
+        self.target_kl = target_kl
+        self.microbatch_tokens = microbatch_tokens
+        self._parameters = dict(policy.named_parameters())
+        self._buffers = _buffers(policy)
+        self._trained: list[str] = []  # names of the parameters that get a gradient, as the first batch shows
         self._flat: FlatOptimizer | None = None
         self._rate = torch.zeros((), dtype=torch.float64)
         self._graphs: dict[Any, _Graph] = {}
@@ -102,10 +124,10 @@ class CompiledStepper:
         return Outcome(steps, stopped_by)
 
     def _evenly(self, batch: TrainingBatch, minibatches: list[Minibatch]) -> tuple[TrainingBatch, list[Minibatch]]:
-        """The same with rows of weight 0 added, so that few shapes occur: a graph is made for each.
+        """Pad batch and minibatches with rows of weight 0, so that few shapes occur, since each shape needs a graph.
 
-        All minibatches get the size of the first, and the batch one of four sizes per power of two. Both follow from this
-        batch alone, so that a resumed run rounds as an uninterrupted one.
+        All minibatches get the size of the first, and the batch one of four sizes per power of two. Both sizes depend
+        only on this batch, so that rounding is the same in a resumed and in an uninterrupted run.
         """
         if batch.actions.shape[1] != 1:
             raise InputError("compile is for control tasks, whose rows are single steps: set compile to false.")
@@ -116,7 +138,7 @@ class CompiledStepper:
                 f"{self.microbatch_tokens}: raise that, lower minibatch_size, or set compile to false."
             )
         uneven = [rows for rows in minibatches if rows is not None and len(rows) < size]
-        spare = batch.rows  # the first row of weight 0
+        spare = batch.rows  # index of the first row of weight 0
         batch = pad_rows(batch, round_up(batch.rows + bool(uneven)))
         if not uneven:
             return batch, minibatches
@@ -129,12 +151,12 @@ class CompiledStepper:
         return FlatOptimizer(list(trained.values()), self.optimizer)
 
     def _constants(self) -> dict[str, Tensor]:
-        """What else the policy computes with: normaliser statistics, and parameters that get no gradient."""
+        """Tensors that a step uses but does not change: normaliser statistics, parameters without a gradient."""
         others = {name: p.detach() for name, p in self._parameters.items() if name not in self._trained}
         return others | {name: getattr(module, key) for name, module, key in self._buffers}
 
     def _graph_for(self, batch: TrainingBatch, inputs: list[Tensor], rows: Minibatch) -> "_Graph":
-        """The graph for inputs of these shapes, made when they are met first."""
+        """The graph for inputs of these shapes, compiled when they first occur."""
         inputs = inputs if rows is None else [*inputs, rows]
         kept = tuple(f.name for f in fields(batch) if getattr(batch, f.name) is not None)
         names = (tuple(batch.inputs), tuple(batch.weightings), tuple(batch.coefficients))
@@ -148,15 +170,18 @@ class CompiledStepper:
 class _Graph:
     """One optimizer step on inputs of fixed shapes: *flat.vectors, rate, coefficients, *constants, *batch tensors[, rows].
 
-    `call(*inputs)` changes the vectors in place, unless the verdict (an index of _STOP_REASONS) forbids the step. It
-    returns (numbers, verdict); numbers holds the sum and the count of each metric and, last, the gradient's norm.
+    `call(*inputs)` updates the vectors in place, unless the verdict (an index into _STOP_REASONS) forbids the step. It
+    returns (numbers, verdict). numbers holds sum and count of each metric and, last, the gradient norm.
     """
 
     def __init__(
         self, owner: CompiledStepper, flat: FlatOptimizer, batch: TrainingBatch, inputs: list[Tensor], *, has_rows: bool
     ) -> None:
-        self.owner, self.flat, self.has_rows = owner, flat, has_rows
-        self.template, self.constants = batch, list(owner._constants())
+        self.owner = owner
+        self.flat = flat
+        self.has_rows = has_rows
+        self.template = batch
+        self.constants = list(owner._constants())
         self.metrics: list[str] = []
         try:
             with torch.enable_grad():
@@ -170,10 +195,10 @@ class _Graph:
                 "policy that does not branch on numbers and keeps its tensors as parameters and buffers; or set compile to "
                 "false."
             ) from error
-        del self.template  # its memory
+        del self.template  # frees its memory
 
     def add_metrics(self, sums: MetricSums, numbers: list[Tensor], steps: int) -> None:
-        """Add up what the calls returned; the norm of a step that was not made does not count."""
+        """Add the numbers that the calls returned to `sums`; gradient norms only of the `steps` that were made."""
         table = torch.stack(numbers).double()
         parts = table[:, :-1].sum(0).unbind()
         sums.add(dict(zip(self.metrics, zip(parts[::2], parts[1::2], strict=True), strict=True)))
@@ -181,7 +206,8 @@ class _Graph:
             sums.add({"grad_norm": (table[:steps, -1].sum(), table.new_tensor(float(steps)))})
 
     def _step(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        owner, flat = self.owner, self.flat
+        owner = self.owner
+        flat = self.flat
         given = iter(inputs)
         vectors = [next(given) for _ in flat.vectors]
         rate, coefficients = next(given), next(given)
@@ -217,7 +243,7 @@ class _Graph:
 
 
 def _buffers(policy: Module) -> list[tuple[str, Module, str]]:
-    """(full name, owner, name there) of each buffer: an owner may replace the tensor."""
+    """(full name, module, name in it) of each buffer. Not the tensor, since the module may replace it."""
     return [
         (f"{prefix}.{key}".lstrip("."), module, key)
         for prefix, module in policy.named_modules()
@@ -238,13 +264,13 @@ def tensors_of(batch: TrainingBatch) -> list[Tensor]:
 
 
 def round_up(rows: int) -> int:
-    """The next number of the form (4, 5, 6 or 7) * 2^k; numbers up to 8 as they are."""
+    """Round up to a number of the form (4, 5, 6 or 7) * 2^k; numbers up to 8 stay."""
     unit = 1 << max(0, (rows - 1).bit_length() - 3)
     return -(-rows // unit) * unit
 
 
 def pad_rows(batch: TrainingBatch, rows: int) -> TrainingBatch:
-    """The batch with copies of its first row, masked and of weight 0, added up to that many rows."""
+    """Pad the batch to `rows` rows with copies of its first row, masked and of weight 0."""
     if rows == batch.rows:
         return batch
     places = torch.arange(rows, device=batch.mask.device)

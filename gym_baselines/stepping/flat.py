@@ -1,4 +1,4 @@
-"""Optimizer steps on vectors: for small networks, whose many small operations cost more than their arithmetic."""
+"""Optimizer steps on flat vectors, for small networks, where launching operations costs more than computing."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -16,10 +16,10 @@ from rlhf.types import TrainingBatch
 
 
 class FlatStepper(EagerStepper):
-    """As EagerStepper, the optimizer's arithmetic on vectors where one process can do that."""
+    """EagerStepper with the optimizer's arithmetic on flat vectors, if one process and the optimizer allow it."""
 
     def __init__(self, *parts: Any, flat_up_to: int = 1_000_000, **settings: Any) -> None:
-        """flat_up_to: models of at most so many parameters are stepped as one vector."""
+        """flat_up_to: largest number of parameters of a model that is stepped as one vector."""
         super().__init__(*parts, **settings)
         small = sum(p.numel() for p in self.parameters) <= flat_up_to
         self._may_be_flat = self._alone and small and obstacle(self.optimizer) is None
@@ -38,7 +38,7 @@ class FlatStepper(EagerStepper):
             self._flat.store()
 
     def _step_flat(self, flat: FlatOptimizer) -> Tensor:
-        """Clip the gradient and apply it, if it is finite; its norm before."""
+        """Clip the gradient and apply it, if it is finite; returns its norm before clipping."""
         gradient = flatten([p.grad for p in flat.parameters])  # type: ignore[misc]
         norm = torch.linalg.vector_norm(gradient)
         factor = self.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_

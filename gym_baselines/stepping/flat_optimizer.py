@@ -1,7 +1,8 @@
-"""A torch.optim optimizer's step on vectors: all weights as one, each moment as one.
+"""The step of a torch.optim optimizer on flat vectors: one for all weights, and one for each moment.
 
-For a dozen small tensors, one operation on a vector costs a twelfth of one on each. `torch.optim` keeps the truth: vectors
-are filled from its state by `load` and written back by `store`, so its checkpoints and its own `step` go on from them.
+For a dozen small tensors, an operation on one vector costs a twelfth of the operations on each. The state of
+`torch.optim` stays authoritative: `load` fills the vectors from it and `store` writes them back, so checkpoints and the
+optimizer's own `step` continue from there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +16,24 @@ from torch.optim import Adam, Optimizer, RMSprop
 
 Moments = Sequence[Tensor]
 Number = Tensor | float
-"""A scalar tensor in a compiled graph, where a float would be a constant; a float costs less elsewhere."""
+"""A tensor in compiled graphs, where a float would become a constant; elsewhere a float, which is cheaper."""
 
 
 def adam(
     weights: Tensor, gradient: Tensor, moments: Moments, count: Number, rate: Number, settings: Mapping[str, Any]
 ) -> tuple[Tensor, list[Tensor]]:
-    """New weights and moments. count: this step's number, from 1. rate: the learning rate.
+    """One step of Adam (Kingma & Ba 2015, arXiv 1412.6980), with epsilon added to the corrected root, as in torch.
 
-    Kingma & Ba 2015 (arXiv 1412.6980), with epsilon added to the corrected root, as torch does.
+    Args:
+        weights: All weights, as a vector.
+        gradient: Their gradient.
+        moments: Running means of the gradient and of its square.
+        count: Number of this step, from 1.
+        rate: Learning rate.
+        settings: "betas" and "eps".
+
+    Returns:
+        New weights and moments.
     """
     beta1, beta2 = settings["betas"]
     mean = moments[0].lerp(gradient, 1 - beta1)
@@ -35,7 +45,19 @@ def adam(
 def rmsprop(
     weights: Tensor, gradient: Tensor, moments: Moments, count: Number, rate: Number, settings: Mapping[str, Any]
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `adam`, for Hinton's RMSprop (Coursera lecture 6e) without momentum; epsilon is added to the root."""
+    """One step of Hinton's RMSprop (Coursera lecture 6e) without momentum; epsilon is added to the root.
+
+    Args:
+        weights: All weights, as a vector.
+        gradient: Their gradient.
+        moments: Running mean of the squared gradient.
+        count: Not used; here for the signature of `adam`.
+        rate: Learning rate.
+        settings: "alpha" and "eps".
+
+    Returns:
+        New weights and moments.
+    """
     alpha = settings["alpha"]
     square = (alpha * moments[0]).addcmul(gradient, gradient, value=1 - alpha)
     return weights - rate * gradient / (square.sqrt() + settings["eps"]), [square]
@@ -43,7 +65,7 @@ def rmsprop(
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of optimizer: its moments' names in torch's state, its arithmetic, and which options that leaves out."""
+    """One kind of optimizer: the names of its moments in torch's state, its formula, and the options not supported."""
 
     moments: tuple[str, ...]
     formula: Callable[..., tuple[Tensor, list[Tensor]]]
@@ -57,7 +79,7 @@ RULES: dict[type[Optimizer], Rule] = {
 
 
 def obstacle(optimizer: Optimizer) -> str | None:
-    """Why `FlatOptimizer` cannot stand in for the optimizer, and what could be done; None if it can."""
+    """Why `FlatOptimizer` cannot replace the optimizer's own step, and the remedy; None if it can."""
     rule = RULES.get(type(optimizer))
     if rule is None:
         kinds = " and ".join(kind.__name__ for kind in RULES)
@@ -75,11 +97,12 @@ def obstacle(optimizer: Optimizer) -> str | None:
 
 
 class FlatOptimizer:
-    """Vectors of the given parameters and of what `optimizer`, to which there is no obstacle, keeps about them."""
+    """Flat vectors of the parameters and of the moments in `optimizer`, which must have no `obstacle`."""
 
     def __init__(self, parameters: Sequence[Parameter], optimizer: Optimizer) -> None:
         self.parameters: list[Tensor] = [*parameters]
-        self.optimizer, self.rule = optimizer, RULES[type(optimizer)]
+        self.optimizer = optimizer
+        self.rule = RULES[type(optimizer)]
         self.shapes = [p.shape for p in self.parameters]
         size = sum(p.numel() for p in self.parameters)
         self.weights = self.parameters[0].new_empty(size).detach()
@@ -91,16 +114,16 @@ class FlatOptimizer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options of the one group of parameters."""
+        """The options of the only parameter group."""
         return self.optimizer.param_groups[0]
 
     @property
     def vectors(self) -> list[Tensor]:
-        """What a step changes: (weights, *moments, count)."""
+        """The vectors that a step changes: (weights, *moments, count)."""
         return [self.weights, *self.moments, self.count]
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Views of the vector's parts, in the parameters' shapes."""
+        """Views of the parts of a vector, in the shapes of the parameters."""
         pieces = vector.split([shape.numel() for shape in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
@@ -108,7 +131,7 @@ class FlatOptimizer:
     def load(self) -> bool:
         """Fill the vectors with the parameters and the optimizer's state.
 
-        False if it has made more steps with some of them than with others, which no common count can tell.
+        Returns False if the parameters have been stepped different numbers of times, since the vectors have one count.
         """
         self._create_state()
         counts = {float(step) for step in self._steps()}
@@ -120,7 +143,7 @@ class FlatOptimizer:
 
     @torch.no_grad()
     def store(self) -> None:
-        """Write the vectors back to where `load` took them from. Without a step there is no state, as without `load`."""
+        """Write the vectors back to where `load` took them from. If no step was ever made, delete the state instead."""
         if not self.count:
             for p in self.parameters:
                 self.optimizer.state.pop(p)
@@ -130,13 +153,13 @@ class FlatOptimizer:
         torch._foreach_copy_(steps, [self.count] * len(steps))
 
     def stepped(self, vectors: Sequence[Tensor], gradient: Tensor, count: Number, rate: Number) -> list[Tensor]:
-        """What the step of that number makes of (weights, *moments); changes nothing itself."""
+        """The new (weights, *moments) after step number `count`; changes nothing in place."""
         weights, moments = self.rule.formula(vectors[0], gradient, vectors[1:], count, rate, self.settings)
         return [weights, *moments]
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
-        """Make a step now; the parameters follow. gradient: a vector as `weights`."""
+        """Make a step, and copy the new weights to the parameters. gradient: a vector like `weights`."""
         self.count += 1
         changing = [self.weights, *self.moments]
         made = self.stepped(changing, gradient, self.count.item(), float(self.settings["lr"]))
@@ -151,7 +174,7 @@ class FlatOptimizer:
         return [self.optimizer.state[p]["step"] for p in self.parameters]
 
     def _create_state(self) -> None:
-        """The state that torch makes in its first step: let it make one, whose gradient 0 moves nothing."""
+        """Let torch create its state by a first step, with gradients of 0 so that no parameter changes."""
         missing = [p for p in self.parameters if not self.optimizer.state.get(p)]
         if not missing:
             return

@@ -1,8 +1,8 @@
-"""A small chat model from real English that every machine has: the documentation strings of Python's standard library.
+"""Makes a small chat model and its data from English text on every machine: the docstrings of the standard library.
 
     python recipes/examples/docstrings.py runs/docs
 
-makes runs/docs/model (a Qwen3-shaped model with new weights, its tokenizer with a chat template), runs/docs/chats.jsonl
+writes runs/docs/model (an untrained Qwen3 model and its tokenizer with a chat template), runs/docs/chats.jsonl
 (questions and answers for recipes/sft.py) and runs/docs/prompts.jsonl (questions for recipes/ppo_rlhf.py).
 """
 
@@ -39,7 +39,7 @@ TEMPLATE = (
 
 
 def documented() -> dict[str, str]:
-    """Qualified name -> the first paragraph of its documentation, for what the standard library offers in the open."""
+    """Public names of the standard library -> first paragraph of their docstring, if it has 20 to 240 characters."""
     found: dict[str, str] = {}
     names = [m.name for m in pkgutil.iter_modules() if m.name in sys.stdlib_module_names and not m.name.startswith("_")]
     for module_name in sorted(set(names) - SKIPPED):
@@ -47,7 +47,7 @@ def documented() -> dict[str, str]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = importlib.import_module(module_name)
-        except Exception:  # a module of another platform
+        except Exception:  # a module for another platform
             continue
         for name, value in inspect.getmembers(module):
             if not name.startswith("_") and getattr(value, "__module__", None) == module_name:
@@ -64,7 +64,7 @@ def _first_paragraph(value: object) -> str:
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 2,000 tokens; padding, end of text and end of turn are three different ones."""
+    """Byte-level BPE with 2,000 tokens; padding, start of turn and end of turn (the EOS) are three different ones."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

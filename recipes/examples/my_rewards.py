@@ -1,4 +1,4 @@
-"""A reward is a function of the completions; with conversational prompts each is a list with one assistant message."""
+"""An example reward function. With conversational prompts, each completion is a list with one assistant message."""
 
 
 def brief(completions, **_):

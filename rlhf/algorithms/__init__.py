@@ -1,1 +1,1 @@
-"""What an algorithm is, and the algorithms: rewards -> advantages -> loss. One file each; torch only."""
+"""The algorithms, one file each, and their interface (base.py): rewards -> advantages -> loss. Torch only."""

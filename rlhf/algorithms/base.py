@@ -1,4 +1,4 @@
-"""The seam between an algorithm and everything else: `Algorithm` says what is needed of one, with defaults; torch only."""
+"""The interface between an algorithm and the training loop: `Algorithm` has the methods, with defaults; torch only."""
 
 from typing import Literal, NamedTuple, Protocol
 
@@ -9,11 +9,11 @@ from rlhf.core.masking import AllSum
 from rlhf.types import Metrics, PolicyOutputs, TrainingBatch, Trajectories
 
 State = dict[str, float]
-"""What adapts during a run, such as a KL coefficient; saved in every checkpoint."""
+"""Values that adapt during a run, such as a KL coefficient; saved in every checkpoint."""
 
 
 class Group(Protocol):
-    """The processes that train together, as an algorithm sees them; `rlhf.distributed.Distributed` is one."""
+    """The processes that train together, as an algorithm sees them; implemented by `rlhf.distributed.Distributed`."""
 
     rank: int
     world_size: int
@@ -22,41 +22,42 @@ class Group(Protocol):
 
 
 class Loss(NamedTuple):
-    """What `loss` makes of a microbatch: shares of the minibatch, which add up over microbatches and processes."""
+    """Loss of a microbatch, as shares of the minibatch's loss that add up over microbatches and processes."""
 
     total: Tensor
     """Scalar, to be differentiated."""
     terms: Metrics
-    """name -> (sum, count): the parts of `total`, and what else is to be seen of the update."""
+    """name -> (sum, count): the parts of `total` and other metrics of the update."""
     policy_kl: tuple[Tensor, Tensor]
-    """KL(old || policy), estimated: its sum over the elements that learn, and their count. `target_kl` stops by it."""
+    """Estimate of KL(old || policy), compared with `target_kl`: sum over the elements that learn, and their count."""
 
     @property
     def metrics(self) -> Metrics:
-        """Everything that is logged of the microbatch."""
+        """All logged metrics of the microbatch."""
         return {**self.terms, "policy_kl": self.policy_kl}
 
 
 class Algorithm:
-    """An algorithm is what it needs, `prepare` (rewards -> advantages) and `loss`. A new one is one file and its test."""
+    """An algorithm: `needs`, `prepare` (rewards -> advantages) and `loss`. A new one is one file and its test."""
 
     needs: frozenset[str] = frozenset()
-    """Of "values", "reference", "entropy", "distribution": what must be computed for it."""
+    """What must be computed for the algorithm: any of "values", "reference", "entropy", "distribution"."""
     completions_per_prompt: int = 1
     whiten_minibatch: bool = False
-    """Advantages are whitened in each minibatch, by `update`, with global statistics."""
+    """Whether `update` whitens the advantages of each minibatch, with global statistics."""
     measures_kl: Literal["never", "update", "epoch"] = "never"
-    """When `update` measures KL(old || policy) over the whole batch and calls `adapt`: after the last epoch, or each."""
+    """When `update` measures KL(old || policy) over the whole batch and calls `adapt`: "update": after the last epoch;
+    "epoch": after each epoch."""
 
     def initial_state(self) -> State:
-        """What adapts, and only that: a setting that stays as it is belongs to the configuration."""
+        """The values that adapt, and only those: a fixed setting belongs to the configuration."""
         return {}
 
     def advantages(self, rewards: Tensor, trajectories: Trajectories, all_sum: AllSum) -> tuple[Tensor, Tensor | None]:
         """(advantages, returns for the value function or None), (rows, time) each; 0 where the mask is False.
 
-        The estimator alone (GAE, group-relative, ...), before any whitening. rewards: (rows, time), what to learn from:
-        those of `trajectories` less the penalties that `prepare` takes off.
+        The result of the estimator (GAE, group-relative, ...), before any whitening. rewards: (rows, time), those of
+        `trajectories` minus the penalties that `prepare` subtracts.
         """
         raise NotImplementedError
 
@@ -65,16 +66,16 @@ class Algorithm:
         raise NotImplementedError
 
     def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Loss:
-        """The share of a microbatch in the minibatch's loss: sums over the global denominators in the batch."""
+        """A microbatch's share of the minibatch's loss: sums divided by the global denominators in the batch."""
         raise NotImplementedError
 
     def full_batch_step(self, policy: Module, batch: TrainingBatch, group: Group) -> dict[str, float]:
-        """A step that needs the whole batch at once, before the minibatches (TRPO's); its metrics.
+        """Makes a step that needs the whole batch at once, before the minibatches (TRPO's); returns its metrics.
 
-        policy: the module itself, not wrapped for several processes; `batch` is the global one.
+        policy: the module itself, without the wrapper for several processes. batch: the global one.
         """
         return {}
 
     def adapt(self, state: State, kl: float) -> dict[str, float]:
-        """Change `state` after KL(old || policy) was measured (see `measures_kl`); the coefficients that follow from it."""
+        """Changes `state` after KL(old || policy) was measured (see `measures_kl`); returns the new coefficients."""
         return {}

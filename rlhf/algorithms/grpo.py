@@ -1,8 +1,8 @@
-"""Policy optimisation without a value model: the rewards of a prompt's own group of completions are the baseline.
+"""Policy optimisation without a value model: the scores of a prompt's group of completions are the baseline.
 
-GRPO (Shao et al. 2024, arXiv 2402.03300) and its relatives are points in one space: what is taken off a score, what it is
-divided by, which ratio weighs a token, how its gain is limited, how losses are averaged, where the KL to the reference
-enters. Each is a setting here; `GRPOConfig.preset` names the points that papers published.
+GRPO (Shao et al. 2024, arXiv 2402.03300) and its relatives differ in a few choices: the baseline of a score, its scale,
+the ratio that weighs a token, how the gain is limited, how losses are averaged, where the KL to the reference enters.
+Each choice is a setting here; `GRPOConfig.preset` gives the combinations that papers published.
 """
 
 from dataclasses import dataclass, replace
@@ -37,50 +37,54 @@ class GRPOConfig:
     completions_per_prompt: int = 8
     """Size of a group: completions sampled for each prompt."""
     center: Literal["group_mean", "leave_one_out", "none"] = "group_mean"
-    """What is taken off a score: the mean of its group, the mean of the others in it (RLOO), or nothing."""
+    """Baseline subtracted from a score: the mean of its group, the mean of the rest of the group (RLOO), or none."""
     scale: Literal["group_std", "batch_std", "none"] = "group_std"
-    """What the difference is divided by: the standard deviation of the scores in the group (weighs nearly solved and
-    nearly hopeless prompts up), that of all scores of the step, or nothing (Dr. GRPO)."""
+    """Divisor of the centred score: the standard deviation of the group's scores (gives more weight to prompts that are
+    nearly solved or nearly hopeless), that of all scores of the step, or nothing (Dr. GRPO)."""
     std_ddof: Literal[0, 1] = 0
-    """The deviation divides by n - this. TRL, verl and OpenRLHF use 1."""
+    """The variance behind the standard deviation divides by n - this. TRL, verl and OpenRLHF use 1."""
     std_eps: float = 1e-6
-    """Added to the deviation."""
+    """Added to the standard deviation."""
     whiten_tokens: bool = False
-    """Then whiten the advantages over all tokens of the step (REINFORCE++)."""
+    """Also whiten the resulting advantages over all tokens of the step (REINFORCE++)."""
     ratio: Literal["token", "sequence_mean", "sequence"] = "token"
-    """pi / pi_old of each token, of the whole completion to the power 1 / length (GSPO), or of the whole completion."""
+    """pi / pi_old of each token; of the whole completion, to the power 1 / length (GSPO); or of the whole completion."""
     surrogate: Literal["clipped", "clipped_weight", "unclipped", "score"] = "clipped"
-    """min(r A, clip(r) A); clip(r) A log pi, the weight detached (CISPO); r A; or A log pi (one update per rollout)."""
+    """Policy objective. "clipped": min(r A, clip(r) A). "clipped_weight": clip(r) A log pi with the weight clip(r)
+    detached (CISPO). "unclipped": r A. "score": A log pi (one update per rollout)."""
     clip_range: float = 0.2
-    """The ratio gains nothing below 1 - this; 1 or more: no lower bound."""
+    """Lower bound of the clip is 1 - this; 1 or more: no lower bound."""
     clip_range_high: float | None = None
-    """Nor above 1 + this; null: the same as clip_range."""
+    """Upper bound of the clip is 1 + this; null: the same as clip_range."""
     dual_clip: float | None = None
     """Bounds the loss of a negative advantage by this many times its size (usual: 3); off if null."""
     aggregation: Literal["sequence_mean", "token_mean", "group_token_mean", "constant_length"] = "sequence_mean"
-    """How the losses of tokens are averaged: mean over completions of their token means (GRPO); mean over all tokens of the
-    optimizer step; mean over groups of their token means (DAPO's eq. 8); sum over tokens / constant_length, mean over
-    completions (Dr. GRPO)."""
+    """How token losses are averaged. "sequence_mean": mean over completions of their token means (GRPO). "token_mean":
+    mean over all tokens of the optimizer step. "group_token_mean": mean over groups of their token means (DAPO's
+    eq. 8). "constant_length": mean over completions of their token sums / constant_length (Dr. GRPO)."""
     constant_length: int | None = None
-    """Tokens that "constant_length" divides by; null: generation.max_new_tokens. 1 gives the sum over tokens (RLOO)."""
+    """Number of tokens that aggregation "constant_length" divides by; null: generation.max_new_tokens. 1 gives the sum
+    over tokens (RLOO)."""
     kl_coef: float = 0.0
     """Weight of KL(policy || reference), per nat; 0 needs no reference policy."""
     kl_placement: Literal["loss", "score", "return_to_go"] = "loss"
-    """Where it enters: as a term of the loss; its sum taken off each score before centring (RLOO); or, for each token, the
-    sum over it and those after it taken off the advantage (REINFORCE++)."""
+    """Where the KL enters. "loss": as a term of the loss. "score": its sum over the completion is subtracted from the
+    score before centring (RLOO). "return_to_go": its sum from each token on is subtracted from the token's advantage
+    (REINFORCE++)."""
     kl_estimator: LossKL = "k3"
-    """For "loss": k2 or k3 of each token, or "weighted_k3" (times the ratio), or "sequence_k2", "sequence_k3" of the whole
-    completion. The other placements use k1, the one that is right there. the README says what each converges to."""
+    """For kl_placement "loss": k2 or k3 of each token, "weighted_k3" (k3 times the ratio), or "sequence_k2" or
+    "sequence_k3" of the whole completion. The other placements always use k1, which is correct there. The README says
+    what training converges to with each."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, per nat."""
     mask_truncated: bool = False
-    """Completions that the length limit cut teach nothing; they still count in the averages."""
+    """Completions cut by the length limit get no gradient; they still count in the averages."""
     overlong_buffer_tokens: int = 0
-    """Tokens before generation.max_new_tokens over which the score falls by up to 1 (DAPO, eq. 13); 0: off."""
+    """The score falls by up to 1 over this many tokens before generation.max_new_tokens (DAPO, eq. 13); 0: off."""
     dynamic_sampling_rounds: int = 1
-    """Up to so many rounds of sampling, until each group has unequal verdicts (DAPO); 1: take every group."""
+    """Sample up to this many rounds, until the verdicts within each group differ (DAPO); 1: take every group."""
     dynamic_sampling_reward: str | None = None
-    """Name of the reward that is the verdict; null: the first one."""
+    """Name of the reward function whose scores are the verdicts; null: the first one."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -93,23 +97,24 @@ class GRPOConfig:
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"grpo.{name} must be above 0, got {value}.")
         if self.dual_clip is not None and not self.dual_clip > 1:
-            raise InputError(f"grpo.dual_clip must be above 1, or null for none, got {self.dual_clip}.")
+            raise InputError(f"grpo.dual_clip must be above 1, or null for off, got {self.dual_clip}.")
         grouped = self.center != "none" or self.scale == "group_std" or self.dynamic_sampling_rounds > 1
         if self.completions_per_prompt < 2 and grouped:
             raise InputError(
-                f"grpo.completions_per_prompt={self.completions_per_prompt}: a group of one has nothing to "
-                "be compared with. Use at least 2, or center none, scale none or batch_std, and one round of sampling."
+                f"grpo.completions_per_prompt={self.completions_per_prompt}: a group of one has no other "
+                "completion to compare with. Use at least 2, or set center to none, scale to none or batch_std, and "
+                "dynamic_sampling_rounds to 1 (one round)."
             )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "GRPOConfig":
-        """The settings that a paper published under `name`, with `changes`."""
+        """The settings published as `name`, with `changes` applied."""
         if name not in PRESETS:
             raise InputError(f"preset={name!r} is unknown. Choose one of {', '.join(PRESETS)}.")
         return cls(**PRESETS[name] | changes)
 
     def with_length(self, max_new_tokens: int) -> "GRPOConfig":
-        """`constant_length` filled in, if it is null."""
+        """The settings with `constant_length` filled in, if it is null."""
         return self if self.constant_length is not None else replace(self, constant_length=max_new_tokens)
 
 
@@ -129,13 +134,13 @@ class GRPO(Algorithm):
     def __init__(self, config: GRPOConfig | None = None) -> None:
         self.config = config = config or GRPOConfig()
         if config.aggregation == "constant_length" and config.constant_length is None:
-            raise InputError("grpo.constant_length is null: give the number of tokens that sums are divided by.")
+            raise InputError("grpo.constant_length is null: set it to the number of tokens to divide by.")
         self.completions_per_prompt = config.completions_per_prompt
         needs = {"reference": config.kl_coef > 0, "entropy": config.entropy_coef > 0}
         self.needs = frozenset(name for name, needed in needs.items() if needed)
 
     def advantages(self, rewards: Tensor, trajectories: Trajectories, all_sum: AllSum) -> tuple[Tensor, None]:
-        """Of all tokens of a completion alike: what its score is beside those of its group."""
+        """The advantage of each completion's score relative to its group, the same for all tokens of the completion."""
         config = self.config
         of_row = group_advantages(
             _scores(rewards, trajectories.mask),
@@ -150,16 +155,19 @@ class GRPO(Algorithm):
         return torch.where(trajectories.mask, of_row.unsqueeze(1), 0.0), None
 
     def prepare(self, trajectories: Trajectories, progress: float, state: State, all_sum: AllSum) -> TrainingBatch:
-        """Advantages of all tokens, and the weight of each in the loss. Rows of one group must be adjacent."""
-        config, mask, old = self.config, trajectories.mask, trajectories.old_logprobs
-        rewards, kl = trajectories.rewards, torch.zeros_like(old)
+        """Advantages of all tokens, and each token's weight in the loss. Rows of one group must be adjacent."""
+        config = self.config
+        mask = trajectories.mask
+        old = trajectories.old_logprobs
+        rewards = trajectories.rewards
+        kl = torch.zeros_like(old)
         metrics = {"zero_variance_fraction": self._zero_variance(rewards, trajectories, all_sum)}
         if trajectories.ref_logprobs is not None:
             kl = torch.where(mask, kl_estimate(old, trajectories.ref_logprobs, "k1"), 0.0)
             metrics |= {"reward_kl": _mean(kl.sum(-1), all_sum), "kl_coef": config.kl_coef}
         if config.kl_placement == "score":
             penalty = (config.kl_coef * kl.sum(-1)).unsqueeze(1)
-            rewards = rewards - torch.where(trajectories.episode_ends & mask, penalty, 0.0)  # where the score lies
+            rewards = rewards - torch.where(trajectories.episode_ends & mask, penalty, 0.0)  # where the score is
         advantages, _ = self.advantages(rewards, trajectories, all_sum)
         if config.kl_placement == "return_to_go":
             advantages = advantages - config.kl_coef * return_to_go(kl, mask)
@@ -184,7 +192,7 @@ class GRPO(Algorithm):
         return _mean(equal.to(scores.dtype), all_sum)
 
     def _left_out(self, trajectories: Trajectories) -> Tensor:
-        """(rows,) bool: completions that teach nothing, without a score or cut."""
+        """(rows,) bool: completions that get no gradient: those without a score and, with mask_truncated, those cut."""
         left_out = torch.zeros_like(trajectories.row_index, dtype=torch.bool)
         if trajectories.scored is not None:
             left_out |= ~trajectories.scored
@@ -193,8 +201,8 @@ class GRPO(Algorithm):
         return left_out
 
     def _weighting(self, mask: Tensor, learns: Tensor, dtype: torch.dtype) -> Weighting:
-        """The weight of each token and what its row adds to the denominator; the latter also of completions left out, so
-        that leaving some out does not make the others weigh more."""
+        """The weight of each token, and each row's contribution to the denominator. Completions that are left out still
+        contribute, so that the others do not weigh more."""
         lengths = mask.sum(-1).to(dtype)
         ones = torch.ones_like(lengths)
         if self.config.aggregation == "token_mean":
@@ -210,18 +218,21 @@ class GRPO(Algorithm):
 
     def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Loss:
         """One microbatch's share of the loss, over the minibatch's global denominators."""
-        config, mask = self.config, batch.mask
+        config = self.config
+        mask = batch.mask
         token_ratios = log_ratio(outputs.logprobs, batch.old_logprobs, mask)
         ratios = token_ratios
         if config.ratio != "token":
             ratios = sequence_log_ratio(token_ratios, mask, mean=config.ratio == "sequence_mean")
-        terms, coefficients = {"policy": self._policy_loss(outputs.logprobs, ratios, batch)}, {}
+        terms = {"policy": self._policy_loss(outputs.logprobs, ratios, batch)}
+        coefficients: dict[str, float] = {}
         if config.kl_coef > 0 and config.kl_placement == "loss":
             assert batch.ref_logprobs is not None
             terms["kl"] = kl_loss(outputs.logprobs, batch.ref_logprobs, ratios.exp(), mask, config.kl_estimator)
             coefficients["kl"] = config.kl_coef
         if outputs.entropy is not None:
-            terms["entropy"], coefficients["entropy"] = outputs.entropy, -config.entropy_coef
+            terms["entropy"] = outputs.entropy
+            coefficients["entropy"] = -config.entropy_coef
         weighting, denominator = batch.weightings["policy"], batch.denominators["policy"]
         parts = {name: weighted_sum(term, weighting.weight, denominator) for name, term in terms.items()}
         total = parts["policy"]
@@ -230,7 +241,9 @@ class GRPO(Algorithm):
         return self._report(total, token_ratios, ratios, parts, batch)
 
     def _policy_loss(self, logprobs: Tensor, ratios: Tensor, batch: TrainingBatch) -> Tensor:
-        config, mask, advantages = self.config, batch.mask, batch.advantages
+        config = self.config
+        mask = batch.mask
+        advantages = batch.advantages
         bounds = {"clip_low": batch.coefficients["clip_low"], "clip_high": batch.coefficients["clip_high"]}
         if config.surrogate == "score":
             return score_surrogate(logprobs, advantages, mask)
@@ -241,14 +254,14 @@ class GRPO(Algorithm):
             loss = unclipped_surrogate(ratios, none, advantages, mask)
         else:
             loss = clipped_surrogate(ratios, none, advantages, mask, **bounds, dual_clip=config.dual_clip)
-        # The ratio of a whole completion has the gradient of all its tokens, so each token stands for its share.
+        # Each token holds the loss of the whole completion, so it is divided by the number of tokens.
         return loss / mask.sum(-1, keepdim=True).clamp(min=1) if config.ratio == "sequence" else loss
 
     @torch.no_grad()
     def _report(
         self, total: Tensor, token_ratios: Tensor, ratios: Tensor, parts: dict[str, Tensor], batch: TrainingBatch
     ) -> Loss:
-        """The loss and its metrics: means over tokens, and each term's share of the minibatch's loss."""
+        """The loss and its metrics: means over tokens, and each term with its share of the denominator."""
         learns = batch.weightings["policy"].weight != 0
         count = learns.sum()
         bounds = {"clip_low": batch.coefficients["clip_low"], "clip_high": batch.coefficients["clip_high"]}

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347), on control tasks and on language models alike."""
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347), for control tasks and language models."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -28,10 +28,10 @@ class PPOConfig:
     """PPO's settings; the defaults are those of language models (Huang et al. 2024, arXiv 2403.17031)."""
 
     surrogate: Literal["clipped", "unclipped", "score"] = "clipped"
-    """The policy objective: min(r A, clip(r) A), r A (for a penalty, or to see what the clip protects from), or log pi A
-    (REINFORCE and A2C; one epoch)."""
+    """Policy objective. "clipped": min(r A, clip(r) A). "unclipped": r A (with a penalty, or to see what the clip
+    prevents). "score": log pi A (REINFORCE and A2C; one epoch)."""
     clip_range: float = 0.2
-    """The ratio pi / pi_old gains nothing beyond 1 +- this (eq. 7)."""
+    """The ratio pi / pi_old is clipped to 1 +- this (eq. 7)."""
     clip_range_high: float | None = None
     """Upper bound 1 + this instead of 1 + clip_range (DAPO's clip-higher uses 0.28)."""
     dual_clip: float | None = None
@@ -41,14 +41,16 @@ class PPOConfig:
     penalty_coef: float = 0.0
     """PPO-Penalty: weight of KL(old || policy) in the loss, per nat; usually with surrogate "unclipped" (eq. 8)."""
     penalty_target: float | None = None
-    """Double or halve penalty_coef when the measured KL leaves [target / 1.5, 1.5 target], in nats; fixed if null."""
+    """Target of KL(old || policy) in nats. penalty_coef is halved below target / 1.5 and doubled above 1.5 target; null
+    keeps it fixed."""
     penalty_adapts: Literal["rollout", "epoch"] = "rollout"
-    """When it is measured and adapted: after the last epoch of a rollout (section 4 of the paper), or after each."""
+    """When the KL is measured and penalty_coef adapted: after the last epoch of a rollout (section 4 of the paper), or
+    after each epoch."""
     baseline: Literal["value", "none"] = "value"
-    """What returns are compared with: a learnt value function, or nothing (REINFORCE; needs whole episodes)."""
+    """Baseline of the returns: a learnt value function, or none (REINFORCE; needs whole episodes)."""
     value_clip_range: float | None = 0.2
-    """Largest change of a value per step, in units of the reward; no limit if null. Where returns are skewed, a small one
-    makes the values settle beside their mean."""
+    """Largest change of a value per step, in units of the reward; no limit if null. With skewed returns, a small range
+    makes the values settle away from the mean return."""
     value_coef: float = 0.1
     """Weight of the value loss 0.5 (V - R)^2."""
     entropy_coef: float = 0.0
@@ -58,11 +60,11 @@ class PPOConfig:
     gae_lambda: float = 0.95
     """Decay of the advantage estimator: 0 = one step, 1 = the whole return."""
     kl_coef: float = 0.05
-    """Reward taken off per nat of KL(policy || reference), token by token (estimator k1); 0 needs no reference policy."""
+    """Reward subtracted per nat of KL(policy || reference), per token (estimator k1); 0 needs no reference policy."""
     kl_target: float | None = None
-    """Adapt kl_coef so that the KL settles here, in nats per completion (Ziegler et al. 2019, section 2.2)."""
+    """Adapt kl_coef to bring the KL to this, in nats per completion (Ziegler et al. 2019, section 2.2); fixed if null."""
     kl_horizon: int = 10_000
-    """Completions over which the adaptive coefficient moves."""
+    """Number of completions over which kl_coef adapts to kl_target; larger is slower."""
     normalize_advantages: Literal["batch", "minibatch", "none"] = "batch"
     """Whiten advantages over the whole step, over each minibatch, or not at all."""
 
@@ -74,19 +76,20 @@ class PPOConfig:
             _require(name, getattr(self, name), lambda value: 0 <= value <= 1, "between 0 and 1")
         for name in ("value_coef", "entropy_coef", "kl_coef", "penalty_coef"):
             _require(name, getattr(self, name), lambda value: 0 <= value < float("inf"), "0 or more")
-        _require("dual_clip", self.dual_clip, lambda value: value is None or value > 1, "above 1, or null for none")
+        _require("dual_clip", self.dual_clip, lambda value: value is None or value > 1, "above 1, or null for off")
         if self.kl_target is not None and self.kl_coef == 0:
             raise InputError(
-                "kl_target adapts kl_coef, which can never leave 0: set kl_coef above 0, or kl_target to null."
+                "kl_target scales kl_coef, and a kl_coef of 0 stays 0: set kl_coef above 0, or kl_target to null."
             )
         if self.penalty_target is not None and self.penalty_coef == 0:
             raise InputError(
-                "penalty_target adapts penalty_coef, which can never leave 0: set penalty_coef above 0 (usual: 1), or "
-                "penalty_target to null."
+                "penalty_target scales penalty_coef, and a penalty_coef of 0 stays 0: set penalty_coef above 0 "
+                "(usual: 1), or penalty_target to null."
             )
         if self.baseline == "none" and self.gae_lambda != 1:
             raise InputError(
-                f"gae_lambda = {self.gae_lambda} mixes in values, and baseline 'none' has none: set gae_lambda to 1."
+                f"gae_lambda = {self.gae_lambda} needs values, but baseline is 'none': set gae_lambda to 1, or "
+                "baseline to 'value'."
             )
 
 
@@ -108,12 +111,13 @@ class PPO(Algorithm):
         }
         self.needs = frozenset(name for name, needed in needs.items() if needed)
         self.whiten_minibatch = config.normalize_advantages == "minibatch"
-        if config.penalty_coef > 0:  # also with a fixed coefficient, to be seen in the metrics
+        if config.penalty_coef > 0:  # also with a fixed coefficient, to log the KL
             self.measures_kl = "epoch" if config.penalty_target and config.penalty_adapts == "epoch" else "update"
 
     def initial_state(self) -> State:
-        """The coefficients that have a target. The others stay as they are set, also when a run is resumed."""
-        config, state = self.config, {}
+        """The coefficients that have a target. The others stay as set, also when a run is resumed."""
+        config = self.config
+        state: State = {}
         if config.kl_target is not None:
             state["kl_coef"] = config.kl_coef
         if config.penalty_target is not None:
@@ -121,7 +125,7 @@ class PPO(Algorithm):
         return state
 
     def adapt(self, state: State, kl: float) -> dict[str, float]:
-        """PPO-Penalty's coefficient for what follows."""
+        """Adapts PPO-Penalty's coefficient for the following epochs."""
         if self.config.penalty_target is None:
             return {}
         state["penalty_coef"] = adaptive_penalty_coef(state["penalty_coef"], kl, target=self.config.penalty_target)
@@ -142,7 +146,8 @@ class PPO(Algorithm):
 
     def prepare(self, trajectories: Trajectories, progress: float, state: State, all_sum: AllSum) -> TrainingBatch:
         """Rewards with the KL penalty -> advantages and returns. Adapts state["kl_coef"] for the next step."""
-        config, mask = self.config, trajectories.mask
+        config = self.config
+        mask = trajectories.mask
         metrics = {}
         rewards = trajectories.rewards
         if trajectories.ref_logprobs is not None:
@@ -174,7 +179,7 @@ class PPO(Algorithm):
         )
 
     def clip_bounds(self, progress: float) -> tuple[float, float]:
-        """The ratio's clip range at that share of the run: (below 1, above 1)."""
+        """The ratio's clip range, (below 1, above 1), after the share `progress` of the run."""
         config = self.config
         high = config.clip_range if config.clip_range_high is None else config.clip_range_high
         shrink = 1.0 - progress if config.anneal_clip else 1.0
@@ -182,7 +187,8 @@ class PPO(Algorithm):
 
     def loss(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Loss:
         """One microbatch's share of the loss (eq. 9), over the minibatch's global denominators."""
-        config, mask = self.config, batch.mask
+        config = self.config
+        mask = batch.mask
         bounds = {"clip_low": batch.coefficients["clip_low"], "clip_high": batch.coefficients["clip_high"]}
         terms = {"policy": self._policy_loss(outputs, batch, bounds)}
         coefficients = {"value": config.value_coef, "entropy": -config.entropy_coef}
@@ -206,7 +212,8 @@ class PPO(Algorithm):
         return self._report(total, outputs, batch, parts, bounds)
 
     def _policy_loss(self, outputs: PolicyOutputs, batch: TrainingBatch, bounds: dict[str, float]) -> Tensor:
-        config, mask = self.config, batch.mask
+        config = self.config
+        mask = batch.mask
         if config.surrogate == "score":
             return score_surrogate(outputs.logprobs, batch.advantages, mask)
         old = batch.old_logprobs
@@ -215,7 +222,7 @@ class PPO(Algorithm):
         return clipped_surrogate(outputs.logprobs, old, batch.advantages, mask, **bounds, dual_clip=config.dual_clip)
 
     def _penalty(self, outputs: PolicyOutputs, batch: TrainingBatch) -> Tensor:
-        """KL(old || policy) per element: exact where the policy can tell, else k3, whose gradient is unbiased here."""
+        """KL(old || policy) per element: exact where the policy gives it, else k3, whose gradient is unbiased here."""
         if outputs.kl is not None:
             return outputs.kl
         log_ratios = log_ratio(outputs.logprobs, batch.old_logprobs, batch.mask)
@@ -230,10 +237,10 @@ class PPO(Algorithm):
         parts: dict[str, Tensor],
         bounds: dict[str, float],
     ) -> Loss:
-        """The loss and its metrics: token means, and each term's share of the minibatch, counted by its rows' share."""
+        """The loss and its metrics: token means, and each term with this microbatch's share of its denominator."""
         mask = batch.weightings["policy"].weight != 0
         count = mask.sum()
-        # 0 outside the mask, where all of these vanish; samples of the old policy, so this is KL(old || policy).
+        # 0 outside the mask, so that nothing is added there. Samples are the old policy's: k3 estimates KL(old || policy).
         log_ratios = log_ratio(outputs.logprobs, batch.old_logprobs, mask)
         low, high = clipped_elements(log_ratios.exp(), batch.advantages, **bounds)
         k3 = kl_estimate(-log_ratios, torch.zeros_like(log_ratios), "k3")
@@ -245,7 +252,7 @@ class PPO(Algorithm):
         shares: dict[int, Tensor] = {}
         for name, part in parts.items():
             if name == "penalty":
-                continue  # it is beta times a KL that is logged already
+                continue  # the coefficient times a KL that is already logged
             counts = batch.weightings[name].count
             if id(counts) not in shares:
                 shares[id(counts)] = counts.sum() / batch.denominators[name]
@@ -253,7 +260,7 @@ class PPO(Algorithm):
         return Loss(total, terms, terms.pop("policy_kl"))
 
     def _reference_kl(self, kl: Tensor, state: State, all_sum: AllSum) -> dict[str, float]:
-        """Nats per completion of this rollout; adapts the coefficient that the next rollout will use."""
+        """Metrics of the KL to the reference, in nats per completion; adapts the coefficient for the next rollout."""
         total, rows = all_sum(torch.stack([kl.sum(), kl.new_tensor(float(kl.shape[0]))])).tolist()
         metrics = {"reward_kl": total / rows, "kl_coef": state.get("kl_coef", self.config.kl_coef)}
         if self.config.kl_target is not None:

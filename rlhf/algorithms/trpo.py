@@ -1,8 +1,8 @@
-"""Trust region policy optimisation (Schulman et al. 2015, arXiv 1502.05477): PPO's advantages, a policy step of bounded KL.
+"""Trust region policy optimisation (Schulman et al. 2015, arXiv 1502.05477): PPO's advantages, a step of bounded KL.
 
 The policy takes one step per batch, in `full_batch_step`: along F^-1 g (F the Fisher matrix, g the gradient of the
-surrogate mean(r A)), as far as KL(old || policy) = max_kl allows. The minibatches that follow fit the value function alone,
-so the networks must be separate.
+surrogate mean(r A)), as far as KL(old || policy) = max_kl allows. The minibatches that follow fit only the value
+function, so policy and value function must be separate networks.
 """
 
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from rlhf.types import PolicyOutputs, TrainingBatch
 
 @dataclass(frozen=True, kw_only=True)
 class TrustRegionConfig:
-    """How far and how carefully TRPO's policy step goes."""
+    """Settings of TRPO's policy step."""
 
     max_kl: float = 0.01
     """Largest mean KL(old || policy) of one step, in nats."""
     damping: float = 0.1
-    """Added to the Fisher matrix's diagonal: larger is steadier and shortens the step where the policy is nearly
-    deterministic."""
+    """Added to the diagonal of the Fisher matrix. Larger is more stable, and shortens the step where the policy is
+    nearly deterministic."""
     cg_iterations: int = 10
-    """Most conjugate-gradient iterations per step, one Fisher-vector product each."""
+    """Maximum number of conjugate-gradient iterations per step; each takes one Fisher-vector product."""
     backtracks: int = 10
-    """How often the step may be shortened before it is given up."""
+    """How often the step may be shortened before it is abandoned."""
     backtrack_decay: float = 0.8
-    """Factor by which it is shortened each time."""
+    """Factor by which the step is shortened each time."""
     fisher_subsample: int = 1
-    """Use every n-th transition in the Fisher matrix: about n times cheaper. Gradient and line search use them all."""
+    """Use every n-th transition in the Fisher matrix: about n times cheaper. Gradient and line search use all."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -55,9 +55,9 @@ class TrustRegionConfig:
 
 
 class TRPO(PPO):
-    """Of PPO's settings, gamma, gae_lambda, normalize_advantages, value_coef, value_clip_range and the kl_* of a reference
-    policy mean the same here; entropy_coef adds the entropy to the surrogate that the step improves. The trust region
-    takes the place of surrogate, clip_range (its variants, too) and the penalty: the first two are not read."""
+    """TRPO with PPO's settings: gamma, gae_lambda, normalize_advantages, value_coef, value_clip_range and the kl_* of a
+    reference policy mean the same; entropy_coef adds the entropy to the surrogate that the policy step improves. The
+    trust region replaces surrogate, clip_range and its variants, which are ignored, and the penalty (refused)."""
 
     def __init__(self, config: PPOConfig | None = None, trust_region: TrustRegionConfig | None = None) -> None:
         super().__init__(config)
@@ -65,10 +65,10 @@ class TRPO(PPO):
         config = self.config
         if config.normalize_advantages == "minibatch":
             raise InputError(
-                "normalize_advantages 'minibatch' has no minibatches in TRPO's policy step: use 'batch' or 'none'."
+                "normalize_advantages is 'minibatch', but TRPO's policy step has no minibatches: use 'batch' or 'none'."
             )
         if config.baseline == "none":
-            raise InputError("TRPO compares returns with a value function: set baseline to 'value'.")
+            raise InputError("baseline is 'none', but TRPO needs a value function: set baseline to 'value'.")
         if config.penalty_coef > 0:
             raise InputError(
                 f"penalty_coef = {config.penalty_coef}: TRPO bounds the KL instead of penalising it. Set penalty_coef to 0 "
@@ -77,11 +77,11 @@ class TRPO(PPO):
         self.needs = self.needs | {"values", "distribution"}
 
     def full_batch_step(self, policy: Module, batch: TrainingBatch, group: Group) -> dict[str, float]:
-        """The policy step on the global batch, each process computing its share of the rows; the step's metrics.
+        """Makes the policy step on the global batch, each process computing its share of the rows; returns metrics.
 
-        policy(inputs, actions, with_values=, with_entropy=, old_distribution=) must give `kl`, exact and differentiable
-        twice. Raises InputError if policy and value function share parameters, TrainingError if a number is not finite;
-        the parameters are then the old ones.
+        policy(inputs, actions, with_values=, with_entropy=, old_distribution=) must return `kl`, exact and
+        differentiable twice. Raises InputError if policy and value function share parameters, and TrainingError if a
+        number is not finite; in both cases the parameters are unchanged.
         """
         settings = self.trust_region
         whole = _Share(policy, batch, group, self.config.entropy_coef)
@@ -149,11 +149,11 @@ class TRPO(PPO):
         return loss._replace(terms={n: term for n, term in loss.terms.items() if not n.startswith("clip_fraction")})
 
     def _check(self, objective: float, old_kl: float, gradient: Tensor) -> None:
-        """What must hold before the step: finite numbers, and a stored distribution that is the policy's own."""
+        """Checks before the step: numbers are finite, and the stored distribution is the policy's own."""
         _require_finite("surrogate", torch.tensor(objective))
         _require_finite("KL(old || policy)", torch.tensor(old_kl))
         _require_finite("gradient", gradient)
-        if abs(old_kl) > 0.01 * self.trust_region.max_kl + 1e-6:  # the rest is float32's rounding
+        if abs(old_kl) > 0.01 * self.trust_region.max_kl + 1e-6:  # less is float32 rounding
             raise TrainingError(
                 f"KL(old || policy) is {old_kl:.3g} before TRPO's step, where it must be 0: the policy does not give the "
                 "distribution that was stored for the batch. Look for dropout, or for statistics that changed in between."
@@ -161,15 +161,16 @@ class TRPO(PPO):
 
 
 class _Share:
-    """One process's part of the batch, as shares of means over the whole batch: they add up over processes."""
+    """One process's part of the batch. Its terms are shares of the whole batch's means, which add up over processes."""
 
     def __init__(
         self, policy: Module, batch: TrainingBatch, group: Group, entropy_coef: float, *, every: int = 1
     ) -> None:
-        """every: only each n-th row counts. Rows of weight 0 are left out, so that whatever stands there is never read."""
+        """every: use only each n-th row. Rows of weight 0 are left out, so that their contents are never read."""
         if batch.old_distribution is None:
             raise InputError("TRPO needs the old action distribution: the collector must fill old_distribution.")
-        self.policy, self.entropy_coef = policy, entropy_coef
+        self.policy = policy
+        self.entropy_coef = entropy_coef
         batch = batch.select(slice(None, None, every))
         self.denominators = {name: w.count.sum().clamp(min=1e-8) for name, w in batch.weightings.items()}
         rows = (batch.weightings["policy"].weight != 0).any(-1).nonzero().squeeze(-1)
@@ -179,7 +180,8 @@ class _Share:
 
     def terms(self) -> tuple[Tensor, Tensor]:
         """(surrogate + entropy_coef * entropy, mean KL(old || policy)), scalars."""
-        batch, weightings = self.batch, self.batch.weightings
+        batch = self.batch
+        weightings = batch.weightings
         outputs: PolicyOutputs = self.policy(
             batch.inputs,
             batch.actions,
@@ -203,7 +205,7 @@ class _Share:
 
 
 def _policy_parameters(policy: Module, row: TrainingBatch) -> list[Parameter]:
-    """The parameters that the action distribution depends on, by asking autograd; none of them may move the values."""
+    """The parameters that the action distribution depends on, found by autograd; the values may not depend on them."""
     outputs: PolicyOutputs = policy(row.inputs, row.actions, with_values=True)
     assert outputs.values is not None
     named = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
@@ -219,9 +221,9 @@ def _policy_parameters(policy: Module, row: TrainingBatch) -> list[Parameter]:
         raise InputError("TRPO found no trainable parameter that the action distribution depends on.")
     if shared := [name for name in named if name in acting & judging]:
         raise InputError(
-            f"TRPO needs separate networks, and policy and value function share {shared[0]} ({len(shared)} parameters in "
+            f"TRPO needs separate networks, but policy and value function share {shared[0]} ({len(shared)} parameters in "
             "all): fitting the values would move the policy out of its trust region. Set network.shared_trunk to false; "
-            "where both stand on one module anyway (convolutions, features of your own), use PPO."
+            "if they must share a module (convolutions, your own features), use PPO."
         )
     return [parameter for name, parameter in named.items() if name in acting]
 

@@ -1,1 +1,1 @@
-"""What a shell calls."""
+"""The command line, and commands to call from a shell."""

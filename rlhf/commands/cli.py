@@ -3,9 +3,10 @@
     if __name__ == "__main__":
         run_command(SFTConfig, train_sft, "Supervised fine-tuning.")
 
-Settings are a (nested) dataclass, read by jsonargparse. What it lets pass is refused here: duplicate and unknown keys
-(with the nearest name), null where there is no null, and numbers that are not finite. Overrides win over files wherever
-they stand. Errors of the user are one short message on stderr: status 2, or 1 when a run had to stop.
+Settings are a (nested) dataclass, read by jsonargparse. This module also refuses what jsonargparse accepts: duplicate
+and unknown keys (naming the nearest one), null for settings that may not be null, and numbers that are not finite.
+Overrides win over files, in whatever order they are given. An error of the user prints one short message on stderr and
+exits with status 2, or 1 when a run had to stop.
 """
 
 import dataclasses
@@ -35,8 +36,7 @@ OWN_OPTIONS = ("config", "print_config", "help")
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Prints InputError and TrainingError as messages, without a traceback, and exits; so does Ctrl-C. Also usable as a
-    decorator."""
+    """Exits on InputError, TrainingError and Ctrl-C, with a message and no traceback. Also works as a decorator."""
     try:
         yield
     except InputError as error:
@@ -46,14 +46,14 @@ def guard() -> Iterator[None]:
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
     except Interrupted as interruption:
-        sys.exit(128 + interruption.number)  # as a shell reports it; the run has said what is saved
+        sys.exit(128 + interruption.number)  # as shells do; the run has printed what is saved
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def run_command(config_class: type[T], command: Callable[[T], Any], description: str | None = None) -> Any:
-    """`command(settings)` with settings from the command line."""
+    """Calls `command(settings)` with settings from the command line."""
     with guard():
         return command(parse(config_class, description=description))
 
@@ -67,7 +67,7 @@ def parse(
 ) -> T:
     """A `config_class` from `argv` (default: the command line); InputError names setting, value and remedy.
 
-    defaults: values (nested, or under dotted names) instead of the class's own.
+    defaults: values (nested, or under dotted names) that replace the class's own.
     """
     files, overrides = _split(sys.argv[1:] if argv is None else argv)
     hints = dict(_settings(config_class))
@@ -85,7 +85,7 @@ def parse(
         del namespace["config"]
         for name, hint in hints.items():
             group = name.rpartition(".")[0]
-            if not group or namespace.get(group) is not None:  # an optional group that is null has no members
+            if not group or namespace.get(group) is not None:  # a group that is null has no members
                 _check_value(name, namespace.get(name), hint)
         return config_class(**parser.instantiate(namespace).as_dict())
     except ArgumentError as error:
@@ -93,15 +93,15 @@ def parse(
 
 
 def from_plain(config_class: type[T], settings: Mapping[str, Any]) -> T:
-    """A `config_class` from what `dataclasses.asdict` made of one, also by way of JSON; checked like a command line."""
+    """Rebuilds a `config_class` from its `dataclasses.asdict`, also after JSON; checked like a command line."""
     return parse(config_class, [], defaults=settings)
 
 
-# --- what settings there are ---
+# --- names and types of settings ---
 
 
 def _defaults(values: Mapping[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
-    """As jsonargparse wants them: members of a group under dotted names, those of a group that may be null together."""
+    """`values` as jsonargparse takes them: a group's members under dotted names, but an optional group as one value."""
     named = dict(dotted(values, is_group=lambda name: dataclasses.is_dataclass(hints.get(name))))
     for name in named:
         if name not in hints:
@@ -135,8 +135,8 @@ def _type_name(hint: Any) -> str:
 
 
 def _suggest(name: str, names: Sequence[str]) -> str:
-    """The nearest setting, also if only its last part is near: clip_rang -> ppo.clip_range; in commands of GRPO, what to
-    set for a name that users of TRL know."""
+    """A hint for an unknown `name`: the nearest setting, also by its last part alone (clip_rang -> ppo.clip_range); in
+    GRPO commands, what to set in place of a setting of TRL."""
     if "grpo" in names and (hint := instead(name)) is not None:
         return hint
     leaves = {known.rpartition(".")[2]: known for known in reversed(names)}
@@ -146,12 +146,13 @@ def _suggest(name: str, names: Sequence[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else "See --help for all settings."
 
 
-# --- checks before jsonargparse reads ---
+# --- checks before parsing ---
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The configuration files and all other arguments."""
-    files, others, remaining = [], [], iter(arguments)
+    files, others = [], []
+    remaining = iter(arguments)
     for argument in remaining:
         if argument == "--config":
             files.append(next(remaining, ""))
@@ -163,8 +164,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _spelled_out(arguments: Sequence[str], hints: dict[str, Any]) -> Iterator[str]:
-    """Two shorthands: a bare `--resume` means `--resume=true` where a setting may be true, and `--reward a --reward b`
-    means `--reward=["a", "b"]` where it is a list of text."""
+    """Expands two shorthands: a bare `--resume` means `--resume=true` where a setting may be true, and
+    `--reward a --reward b` means `--reward=["a", "b"]` where it is a list of text."""
     lists: set[str] = set()
     remaining = list(arguments)
     while remaining:
@@ -210,9 +211,10 @@ def _check_file(path: Path, hints: dict[str, Any]) -> None:
 
 
 def _check_mapping(node: Any, prefix: str, where: str, hints: dict[str, Any], seen: dict[str, int]) -> None:
-    """`seen`: dotted name -> line, of the whole file, because `a: {b: 1}` and `a.b: 1` mean the same."""
+    """`seen`: dotted name -> line, for the whole file, because `a: {b: 1}` and `a.b: 1` mean the same."""
     for key, value in node.value:
-        name, line = prefix + str(key.value), key.start_mark.line + 1
+        name = prefix + str(key.value)
+        line = key.start_mark.line + 1
         place = f"{where}, line {line}"
         if name in seen:
             raise InputError(f"{place}: {name} is set a second time (first in line {seen[name]}). Remove one.")
@@ -225,7 +227,7 @@ def _check_mapping(node: Any, prefix: str, where: str, hints: dict[str, Any], se
             raise InputError(f"{place}: {name} is a group of settings. Write its members below it, indented.")
 
 
-# --- checks after, and messages ---
+# --- checks after parsing, and messages ---
 
 
 def _check_value(name: str, value: Any, hint: Any) -> None:

@@ -1,4 +1,4 @@
-"""Advantage estimation."""
+"""Advantage estimators: GAE, advantages relative to a group, return-to-go."""
 
 from typing import Literal
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from rlhf.core.masking import AllSum, local_sum
 
 EQUAL = 1e-6
-"""Scores of a group that differ by at most this much of their size (of 1, if they are smaller) are equal: rounding is no
-preference."""
+"""Scores of a group count as equal if they differ by at most this times the largest absolute score (at least 1): a
+rounding difference is not a preference."""
 
 
 def gae(
@@ -23,21 +23,29 @@ def gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) and its returns, (rows, time) each.
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
         delta_t = r_t + gamma * (1 - terminated_t) * next_values_t - values_t
         A_t     = delta_t + gamma * gae_lambda * (1 - episode_ends_t) * A_{t+1},     R_t = A_t + values_t
 
-    Two masks: `terminated` (the state after t has no future) cuts the bootstrap, `episode_ends` (terminated, truncated or
-    both: what follows in the row is another episode) cuts the recursion. `next_values` is the value of the state that truly
-    follows t: of the final observation at a time limit, of the next *valid* token across tokens that are masked out.
-    Elements where `mask` is False (padding, tool tokens, ghost rows) get 0, and the recursion passes over them, within an
-    episode: a masked element that ends one still cuts it.
+    Elements where `mask` is False get 0. Within an episode the recursion passes over them; a masked element that ends
+    an episode still cuts the recursion.
+
+    Args:
+        next_values: Value of the state that actually follows t: of the final observation at a time limit, of the next
+            *valid* token across masked tokens.
+        terminated: The state after t has no future: cuts the bootstrap.
+        episode_ends: The episode ends at t (terminated, truncated or both), and another one follows in the row: cuts
+            the recursion.
+        mask: False for padding, tool tokens and ghost steps.
+
+    Returns:
+        Advantages and returns, (rows, time) each.
     """
     bootstrap = torch.where(terminated, 0.0, gamma * next_values)
     deltas = torch.where(mask, rewards + bootstrap - values, 0.0)
     goes_on = (~episode_ends).to(values.dtype)
-    decay = torch.where(mask, gamma * gae_lambda * goes_on, goes_on)  # a masked element hands on what follows it
+    decay = torch.where(mask, gamma * gae_lambda * goes_on, goes_on)  # masked elements pass on what follows
     following = torch.zeros_like(values[:, 0])
     backwards = []
     for delta, factor in zip(reversed(deltas.unbind(1)), reversed(decay.unbind(1)), strict=True):
@@ -58,14 +66,21 @@ def group_advantages(
     scored: Tensor | None = None,
     all_sum: AllSum = local_sum,
 ) -> Tensor:
-    """Advantages of completions relative to their group, (rows,) each; rows of one group are adjacent.
+    """Advantages of completions relative to their group, (rows,). Rows of one group are adjacent.
 
         A_i = (R_i - b_i) / (s + std_eps),    b_i: mean of the group, mean of the others in it (RLOO), or 0
                                               s: standard deviation of the group or of all scores; none: no division
 
-    GRPO (arXiv 2402.03300, section 4.1.2), Dr. GRPO (2503.20783), RLOO (2402.14740). `scored` (bool) leaves completions
-    out that have no score: they get 0 and count nowhere. In a group of equal scores every centred advantage is exactly 0,
-    whatever rounding makes of their mean. `all_sum` adds over processes; groups must not be split between them.
+    GRPO (arXiv 2402.03300, section 4.1.2), Dr. GRPO (2503.20783), RLOO (2402.14740). In a group of equal scores every
+    centred advantage is exactly 0, however the mean is rounded.
+
+    Args:
+        scores: (rows,).
+        center: Chooses b.
+        scale: Chooses s.
+        std_ddof: The variance behind s divides by the number of scores minus this.
+        scored: (rows,) bool, False for a completion without a score: it gets 0 and counts in no mean or deviation.
+        all_sum: Adds over processes. No group may be split between processes.
     """
     if len(scores) % group_size:
         raise ValueError(
@@ -92,8 +107,8 @@ def group_advantages(
 
 
 def equal_groups(scores: Tensor, group_size: int, scored: Tensor | None = None) -> Tensor:
-    """(groups,) bool: the scores of the group are all equal up to rounding (or there is at most one), so that nothing can
-    be learnt from comparing them."""
+    """(groups,) bool: True if the scores of the group are equal up to rounding, or there is at most one, so that
+    comparing them teaches nothing."""
     grouped = scores.view(-1, group_size)
     inside = torch.ones_like(grouped, dtype=torch.bool) if scored is None else scored.view(-1, group_size)
     highest = torch.where(inside, grouped, -torch.inf).amax(1)
@@ -103,6 +118,6 @@ def equal_groups(scores: Tensor, group_size: int, scored: Tensor | None = None) 
 
 
 def return_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the rewards of each step and of those after it, undiscounted, (rows, time); 0 where `mask` is False."""
+    """Undiscounted sum of the rewards from each step on, (rows, time); 0 where `mask` is False."""
     masked = torch.where(mask, rewards, 0.0)
     return torch.where(mask, masked.flip(-1).cumsum(-1).flip(-1), 0.0)

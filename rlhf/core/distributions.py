@@ -1,9 +1,9 @@
-"""Distributions of actions: log-probs, entropies, divergences and samples as functions of a tensor of parameters.
+"""Action distributions: log-probs, entropies, divergences and samples as functions of a tensor of parameters.
 
-Each is a small frozen description (how many choices, which bounds); the parameters come from a network, (..., num_params).
-Everything is a handful of tensor operations without branches on data, so it is quick for eight rows, compiles as one
-graph and can be differentiated twice. What is returned is float32 or wider, whatever the parameters are.
-Samples are inverse CDFs of uniform numbers, so that an action is a function of its draw.
+Each class is a small frozen description (number of choices, bounds); a network gives the parameters, (..., num_params).
+Every method is a few tensor operations without branches on data: it is fast for eight rows, compiles as one graph and
+can be differentiated twice. Real-valued results are float32 or wider, whatever the dtype of the parameters.
+Sampling inverts the CDF at uniform numbers, so that an action is a function of its draw.
 """
 
 from dataclasses import dataclass, field
@@ -19,13 +19,13 @@ from rlhf.core.logprobs import entropy as categorical_entropy
 from rlhf.core.random import invert_cdf
 
 MASKED_LOGIT = -1e9
-"""The logit of a forbidden choice. Its probability is 0 exactly, and unlike -inf it leaves no NaN in any gradient."""
-_PADDING_LOGIT = -1e18  # of choices that do not exist: 0 even beside forbidden ones
+"""The logit of a forbidden choice. Its probability is exactly 0, and unlike -inf it causes no NaN in any gradient."""
+_PADDING_LOGIT = -1e18  # of padding choices: probability 0 even if all others are forbidden
 _SMALLEST_DRAW = 2.0**-54  # uniform numbers are multiples of 2**-53; at 0 itself the normal quantile is infinite
 
 
 class Distribution(Protocol):
-    """What a policy needs. `...` are any leading dimensions, except in `sample`, which takes rows."""
+    """The interface that policies use. `...` stands for any leading dimensions; only `sample` requires (rows, ...)."""
 
     @property
     def num_params(self) -> int: ...
@@ -37,12 +37,12 @@ class Distribution(Protocol):
 
     @property
     def action_shape(self) -> tuple[int, ...]:
-        """Of one action: () or (parts,)."""
+        """Shape of one action: () or (parts,)."""
         ...
 
     @property
     def is_discrete(self) -> bool:
-        """Actions are int64; otherwise they are of the parameters' type."""
+        """True: actions are int64. False: they are of the parameters' type."""
         ...
 
     def logprobs(self, params: Tensor, actions: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Distribution(Protocol):
         ...
 
     def mode(self, params: Tensor) -> Tensor:
-        """The action to take when none is to be drawn: (..., num_params) -> (..., *action_shape)."""
+        """The deterministic action, used instead of a sample: (..., num_params) -> (..., *action_shape)."""
         ...
 
 
@@ -97,14 +97,14 @@ class Categorical:
 
 @dataclass(frozen=True)
 class MultiCategorical:
-    """Several independent choices at once: part i is one of sizes[i]. Parameters are their logits, one after the other."""
+    """Several independent choices at once: part i is one of sizes[i]. Parameters are their logits, concatenated."""
 
     sizes: tuple[int, ...]
     is_discrete = True
     _places: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Where each logit of each part stands; behind the end where a shorter part has none."""
+        """Index of each logit of each part in the parameters; the padding of shorter parts points one past the end."""
         total, widest, places = sum(self.sizes), max(self.sizes), []
         for size, end in zip(self.sizes, accumulate(self.sizes), strict=True):
             places += [*range(end - size, end), *[total] * (widest - size)]
@@ -139,7 +139,7 @@ class MultiCategorical:
         return self._parts(params).argmax(-1)
 
     def _parts(self, params: Tensor) -> Tensor:
-        """(..., num_params) -> (..., parts, largest size): all parts are handled in one go, shorter ones padded."""
+        """(..., num_params) -> (..., parts, largest size): handles all parts at once; shorter ones are padded."""
         parts, widest = len(self.sizes), max(self.sizes)
         if min(self.sizes) == widest:
             return params.unflatten(-1, (parts, widest))
@@ -149,7 +149,7 @@ class MultiCategorical:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """`dimensions` independent normal numbers. Parameters are the means, then the logarithms of the deviations."""
+    """`dimensions` independent normal variables. Parameters are the means, then the logs of the standard deviations."""
 
     dimensions: int
     is_discrete = False
@@ -196,12 +196,13 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class SquashedGaussian(Gaussian):
-    """A Gaussian u seen through a = shift + scale * tanh(u): bounded actions with a density everywhere inside the bounds.
+    """A Gaussian u seen through a = shift + scale * tanh(u): bounded actions with a density everywhere inside the
+    bounds.
 
-    An action is stored as u, which a does not tell near the bounds, and its log-prob is that of a:
-    log N(u) - log |da/du|, with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which is right at any u
+    An action is stored as u, which cannot be recovered from a near the bounds. Its log-prob is that of a:
+    log N(u) - log |da/du|, with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which is accurate for any u
     (Haarnoja et al. 2018, arXiv 1801.01290, appendix C; 1 - tanh(u)^2 itself rounds to 0 from |u| = 9 on in float32).
-    Divergences are those of u: a change of variable keeps them. `mode` is the mean of u; its a is the median.
+    KL divergences are those of u: a change of variable preserves them. `mode` is the mean of u, whose a is the median.
     """
 
     scale: tuple[float, ...]
@@ -211,7 +212,7 @@ class SquashedGaussian(Gaussian):
     def __post_init__(self) -> None:
         if not len(self.scale) == len(self.shift) == self.dimensions or min(self.scale) <= 0:
             raise ValueError(
-                f"scale {self.scale} and shift {self.shift} must have {self.dimensions} numbers, scale above 0"
+                f"scale {self.scale} and shift {self.shift} must have {self.dimensions} numbers each, and scale above 0"
             )
         object.__setattr__(self, "_log_scale", sum(log(scale) for scale in self.scale))
 
@@ -221,8 +222,8 @@ class SquashedGaussian(Gaussian):
     def entropy(self, params: Tensor) -> Tensor:
         """H(u) + E[log |da/du|], the latter by the trapezoid rule over 65 points of u.
 
-        The error falls exponentially with the spacing; per dimension it is below 1e-12 up to a deviation of 1, 1e-8 at 2
-        and 1e-4 at 4, where nearly all probability already lies at the bounds.
+        The error falls exponentially as the spacing shrinks. Per dimension it is below 1e-12 for standard deviations up
+        to 1, 1e-8 at 2, and 1e-4 at 4, where nearly all probability already lies at the bounds.
         """
         mean, log_std = self._split(params)
         points = torch.linspace(-8.5, 8.5, 65, dtype=mean.dtype, device=mean.device)
@@ -236,18 +237,18 @@ def _wide(params: Tensor) -> Tensor:
 
 
 def _chosen(logits: Tensor, actions: Tensor) -> Tensor:
-    """`core.logprobs.token_logprobs` for a few choices, where one call counts more than the memory of all log-probs."""
+    """`core.logprobs.token_logprobs` for few choices, where the cost of a call matters more than memory."""
     return _wide(logits).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
 def _log_slope(u: Tensor) -> Tensor:
     """log(1 - tanh(u)^2), elementwise."""
-    return 2.0 * (log(2.0) - u - softplus(-2.0 * u, threshold=50.0))  # torch's own threshold, 20, errs by 2e-9
+    return 2.0 * (log(2.0) - u - softplus(-2.0 * u, threshold=50.0))  # torch's default, 20, is off by 2e-9
 
 
 def _categorical_kl(logits: Tensor, other: Tensor) -> Tensor:
-    """sum p log(p / q), (..., choices) -> (...). A choice of probability 0 under both adds 0; only q = 0 costs a lot."""
-    lowest = torch.finfo(torch.float32).min / 4  # also of -inf, which would give inf - inf
+    """sum p log(p / q), (..., choices) -> (...). A choice with p = q = 0 adds 0, one with p > q = 0 very much."""
+    lowest = torch.finfo(torch.float32).min / 4  # replaces -inf, since inf - inf is NaN
     logprobs = _wide(logits).log_softmax(-1)
     difference = logprobs.clamp(min=lowest) - _wide(other).log_softmax(-1).clamp(min=lowest)
     return (logprobs.exp() * difference).sum(-1)

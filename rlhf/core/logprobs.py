@@ -35,8 +35,12 @@ def logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """Token log-probs (and entropies) from hidden states, `chunk_tokens` at a time.
 
-    hidden: (rows, time, width); head: hidden states -> logits; tokens: (rows, time). Logits of the whole batch,
-    (rows, time, vocabulary), never exist: a chunk's are recomputed in the backward pass.
+    The logits of all chunks, (rows, time, vocabulary), never exist at once: the backward pass recomputes each chunk's.
+
+    Args:
+        hidden: (rows, time, width).
+        head: Maps hidden states to logits.
+        tokens: (rows, time).
     """
 
     def one_chunk(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:

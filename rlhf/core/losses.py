@@ -1,7 +1,7 @@
 """Elementwise losses, minimised; `weighted_sum` in masking.py reduces them. All tensors are (rows, time).
 
-Elements where `mask` is False have ratio 1 and no gradient: the log-ratio is masked *before* exp, because a masked inf
-after it would leave a finite loss with a NaN gradient.
+Elements where `mask` is False have ratio 1 and no gradient. The log-ratio is masked *before* exp: masking an inf after
+exp would give a finite loss with a NaN gradient.
 """
 
 import torch
@@ -11,7 +11,7 @@ from rlhf.core.kl import MAX_LOG_RATIO
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log(pi / pi_old) where `mask`, else 0; clamped to +-20 as a guard of exp."""
+    """log(pi / pi_old) where `mask`, else 0; clamped to +-20 so that exp stays finite."""
     return torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -27,9 +27,12 @@ def clipped_surrogate(
 ) -> Tensor:
     """PPO's clipped policy loss: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / pi_old.
 
-    Schulman et al. 2017, eq. 7 (arXiv 1707.06347); unequal bounds are DAPO's clip-higher (arXiv 2503.14476).
-    `dual_clip` = c > 1 bounds the loss of a negative advantage by -c A, however large r grows (Ye et al. 2020,
-    arXiv 1912.09729). Does not normalise advantages and does not reduce.
+    Schulman et al. 2017, eq. 7 (arXiv 1707.06347). Does not normalise advantages and does not reduce.
+
+    Args:
+        clip_low, clip_high: Unequal bounds are DAPO's clip-higher (arXiv 2503.14476).
+        dual_clip: c > 1 bounds the loss of a negative advantage by -c A, however large r grows (Ye et al. 2020,
+            arXiv 1912.09729).
     """
     ratio = log_ratio(logprobs, old_logprobs, mask).exp()
     objective = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
@@ -39,27 +42,30 @@ def clipped_surrogate(
 
 
 def unclipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """The surrogate without its clip, -r A: TRPO's objective (arXiv 1502.05477), and what the clip protects from."""
+    """-r A, the surrogate without a clip: TRPO's objective (arXiv 1502.05477). Nothing limits an update."""
     return -log_ratio(logprobs, old_logprobs, mask).exp() * advantages
 
 
 def clipped_weight_surrogate(
     logprobs: Tensor, log_ratios: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> Tensor:
-    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: no token loses its gradient, only weight.
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi, sg = stop-gradient: a clipped token keeps its gradient.
 
-    CISPO (MiniMax-M1, arXiv 2506.13585, eqs. 4-5), where clip_low >= 1 leaves no lower bound. `log_ratios` is log r,
-    from `log_ratio` or `sequence_log_ratio`.
+    CISPO (MiniMax-M1, arXiv 2506.13585, eqs. 4-5).
+
+    Args:
+        log_ratios: log r, from `log_ratio` or `sequence_log_ratio`.
+        clip_low: 1 or more: no lower bound.
     """
     weight = log_ratios.detach().exp().clamp(1 - clip_low, 1 + clip_high)
     return -weight * advantages * torch.where(mask, logprobs, 0.0)
 
 
 def sequence_log_ratio(log_ratios: Tensor, mask: Tensor, *, mean: bool) -> Tensor:
-    """log of the ratio of each whole completion, (rows, time) -> (rows, time), the same for all tokens of a row.
+    """Log-ratio of each whole completion, (rows, time) -> (rows, time), the same for all tokens of a row.
 
-    mean: divided by the completion's length, the geometric mean of GSPO (arXiv 2507.18071, eq. 7). The sum is the
-    importance weight of the completion. `log_ratios` is 0 where `mask` is False.
+    mean: True divides by the completion's length, for GSPO's geometric mean (arXiv 2507.18071, eq. 7); False gives the
+    sum, the log of the completion's importance weight. `log_ratios` must be 0 where `mask` is False.
     """
     total = log_ratios.sum(-1, keepdim=True)
     total = total / mask.sum(-1, keepdim=True).clamp(min=1) if mean else total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -76,8 +82,13 @@ def clipped_value_loss(
 ) -> Tensor:
     """0.5 max((V - R)^2, (V_old + clip(V - V_old, -range, range) - R)^2); 0.5 (V - R)^2 if the range is None.
 
-    The form of OpenAI's baselines (not in the PPO paper). The max makes it pessimistic: the gradient vanishes only where V
-    left the band *towards* R. The range is in units of the reward, so it depends on the reward's scale.
+    From OpenAI's baselines (not in the PPO paper). The max makes the loss pessimistic: the gradient vanishes only where
+    V left the band *towards* R.
+
+    Args:
+        old_values: V_old, before the update.
+        returns: R.
+        value_clip_range: In units of the reward, so that it depends on the reward's scale.
     """
     error = torch.where(mask, values - returns, 0.0) ** 2
     if value_clip_range is None:
@@ -87,5 +98,5 @@ def clipped_value_loss(
 
 
 def clipped_elements(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Where the clip stops the gradient: (A < 0 and r < 1 - clip_low, A > 0 and r > 1 + clip_high), boolean each."""
+    """Where the clip stops the gradient, two bool tensors: A < 0 and r < 1 - clip_low; A > 0 and r > 1 + clip_high."""
     return (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)

@@ -1,7 +1,7 @@
-"""A step of bounded KL divergence: Fisher-vector products, conjugate gradient, step size and line search (TRPO).
+"""TRPO's step of bounded KL divergence: Fisher-vector products, conjugate gradient, step size and line search.
 
-Schulman et al. 2015 (arXiv 1502.05477), appendix C. Everything works on flat vectors: the parameters' elements one after
-the other. With old = the distribution before the step, KL always means KL(old || policy), in nats.
+Schulman et al. 2015 (arXiv 1502.05477), appendix C. All functions work on flat vectors, which concatenate the elements
+of all parameters. KL always means KL(old || policy) in nats, where old is the distribution before the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ Product = Callable[[Tensor], Tensor]
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """A new vector of all elements."""
+    """All elements of the tensors, in one new vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 @torch.no_grad()
 def assign(parameters: Sequence[Tensor], vector: Tensor) -> None:
-    """The inverse of `flatten`, in place: the parameters keep their storage, which optimizers and files may rely on."""
+    """Inverse of `flatten`, in place: the parameters keep their storage, which optimizers and files may rely on."""
     pieces = vector.split([parameter.numel() for parameter in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):
         parameter.copy_(piece.view(parameter.shape))
@@ -35,9 +35,9 @@ def fisher_vector_product(
 ) -> Product:
     """v -> (F + damping I) v, where F is the Hessian of KL(old || policy) at policy = old: the Fisher matrix.
 
-    mean_kl: this process's share of the mean KL, a scalar that can be differentiated twice; it is called once, and its
-    graph lives as long as the product. Each product is one backward pass through the gradient and one `all_sum`; the
-    damping is added after it, once.
+    mean_kl: returns this process's share of the mean KL, a scalar that can be differentiated twice. It is called once,
+    and its graph is kept as long as the returned function. Each product takes one backward pass through the gradient
+    and one `all_sum`, after which the damping is added.
     """
     gradient = flatten(torch.autograd.grad(mean_kl(), parameters, create_graph=True))
 
@@ -49,16 +49,16 @@ def fisher_vector_product(
 
 
 def conjugate_gradient(product: Product, b: Tensor, *, iterations: int, tolerance: float = 1e-10) -> Tensor:
-    """x with H x = b, as far as `iterations` products go; where H is singular, the solution of least norm.
+    """Solves H x = b approximately, with at most `iterations` products; the least-norm solution if H is singular.
 
     Stops once |b - H x|^2 <= tolerance |b|^2 (relative, so that the scale of b, hence of the advantages, does not
-    matter), or where rounding makes the curvature along the search direction vanish. Residuals are kept orthogonal
-    explicitly: by the recursion alone they soon are not, and rounding (another order of sums, another number of
-    processes) would decide the later iterations.
+    matter), or once rounding leaves no positive curvature along the search direction. Residuals are orthogonalised
+    explicitly: the recursion alone soon loses orthogonality, and rounding (another order of sums, another number of
+    processes) would then decide the later iterations.
     """
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()
-    residuals: list[Tensor] = []  # so far, of length 1
+    residuals: list[Tensor] = []  # all earlier ones, normalised
     squared = residual @ residual
     enough = tolerance * squared
     for _ in range(iterations):
@@ -80,17 +80,16 @@ def conjugate_gradient(product: Product, b: Tensor, *, iterations: int, toleranc
 
 
 def step_size(direction: Tensor, curved: Tensor, *, max_kl: float) -> Tensor:
-    """sqrt(2 max_kl / s^T (F + damping I) s): along s, KL is s^T F s / 2 to second order, so this step reaches max_kl.
+    """sqrt(2 max_kl / s^T (F + damping I) s): to second order, KL along s is s^T F s / 2, so this step reaches max_kl.
 
-    direction: s. curved: (F + damping I) s. 0 where there is no direction to go (no gradient, or rounding left a
-    curvature that is not above 0).
+    direction: s. curved: (F + damping I) s. Returns 0 if the curvature is not above 0 (no gradient, or rounding).
     """
     curvature = direction @ curved
     return torch.where(curvature > 0, (2 * max_kl / curvature).sqrt(), 0.0)
 
 
 class LineSearch(NamedTuple):
-    """What `line_search` found; kl and gain are 0 if nothing was accepted, since the parameters are the old ones."""
+    """Result of `line_search`; kl and gain are 0 if no step was accepted, with the old parameters restored."""
 
     accepted: bool
     backtracks: int
@@ -108,11 +107,17 @@ def line_search(
     decay: float,
     max_backtracks: int,
 ) -> LineSearch:
-    """Moves the parameters by the first of step, decay step, decay^2 step, ... that keeps both promises.
+    """Moves the parameters by the first of step, decay step, decay^2 step, ... that meets both conditions.
 
-    The promises: KL(old || policy) <= max_kl and an objective above `objective`, the one before the step; a number that is
-    not finite keeps none. evaluate: (objective, KL) at the current parameters. If no candidate does, or evaluate raises,
-    the old parameters are put back, bit for bit.
+    The conditions: KL(old || policy) <= max_kl, and an objective above `objective`; a number that is not finite meets
+    neither. If no candidate meets them, or `evaluate` raises, the old parameters are restored bit for bit.
+
+    Args:
+        step: The full step, a flat vector.
+        evaluate: Returns (objective, KL) at the current parameters.
+        objective: The objective before the step.
+        decay: Factor from one candidate to the next.
+        max_backtracks: How often the step may be shortened.
     """
     old = flatten(parameters).detach()
     accepted = False

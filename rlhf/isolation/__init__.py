@@ -1,1 +1,1 @@
-"""Functions in processes of their own, which can be killed."""
+"""Runs functions in worker processes, which can be killed."""

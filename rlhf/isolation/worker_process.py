@@ -1,8 +1,8 @@
-"""What runs inside the processes of `rlhf.isolation.workers.Worker`: a supervisor, and the worker that it forks.
+"""The code of the two processes behind an `rlhf.isolation.workers.Worker`: a supervisor, and the worker that it forks.
 
-The supervisor is forked when the Worker is made, so that it holds neither a model nor a GPU, and from then on has one
-thread and waits: forking a new worker from it is quick and safe at any time of the run. It kills the worker's process
-group (what the function started belongs to it) on command, when the worker ends, and when the trainer is gone.
+The supervisor is forked when the Worker is made, so that it holds neither a model nor a GPU. It has one thread and only
+waits, so that it can fork a new worker quickly and safely at any time of the run. It kills the worker's process group
+(which includes what the function started) on command, when the worker ends, and when the trainer is gone.
 
 trainer --control--> supervisor        "S" with two descriptors: start a worker on them; "K": kill it
 trainer <--control-- supervisor        4 bytes: the wait status of a worker that ended; exactly one for each "S"
@@ -32,9 +32,9 @@ import torch
 from rlhf.errors import InputError, excerpt
 
 ANSWER_LIMIT = 16 * 2**20
-"""Bytes of JSON that one answer may have: a hundred thousand completions of one score each are 2 MB."""
+"""Size limit of one answer, in bytes of JSON. One score for each of 100,000 completions takes 2 MB."""
 MESSAGE_LIMIT = 2000
-"""Characters of an exception's message that are passed on."""
+"""Length limit of an exception's message, in characters; the rest is cut."""
 LENGTH, STATUS = struct.Struct(">Q"), struct.Struct(">i")
 
 
@@ -42,19 +42,20 @@ LENGTH, STATUS = struct.Struct(">Q"), struct.Struct(">i")
 
 
 class Described:
-    """Stands for a value that is no plain data: the type's name, and the beginning of its repr, which this one's is."""
+    """Stands for a value that is not plain data. `kind`: its type. `text`: its shortened repr, returned by repr too."""
 
     def __init__(self, kind: str, text: str) -> None:
-        self.kind, self.text = kind, text
+        self.kind = kind
+        self.text = text
 
     def __repr__(self) -> str:
         return self.text
 
 
 def plain(value: Any, depth: int = 4) -> Any:
-    """`value` as None, booleans, numbers, text and lists of these; anything else as JSON of a `Described`.
+    """`value` as None, booleans, numbers, text and lists of these; anything else as the JSON of a `Described`.
 
-    Arrays and tensors of 0 or 1 dimensions become numbers and lists; more dimensions are no answer to any question here.
+    Arrays and tensors of 0 or 1 dimensions become numbers and lists; no answer needs more dimensions.
     """
     if isinstance(value, torch.Tensor):
         value = value.detach().to("cpu", torch.float64 if value.is_floating_point() else None).numpy()
@@ -70,13 +71,13 @@ def plain(value: Any, depth: int = 4) -> Any:
         return {"kind": "an array of shape", "text": str(value.shape)}
     try:
         text = excerpt(value)
-    except Exception as error:  # a repr of the user's that raises, an int of 5000 digits
+    except Exception as error:  # for example a user's repr that raises, or an int of 5000 digits
         text = f"<{type(error).__name__} in its repr>"
     return {"kind": type(value).__name__, "text": text}
 
 
 def decode(body: bytes) -> Any:
-    """The JSON of an answer; ValueError or RecursionError if it is none."""
+    """Parses the JSON of an answer; ValueError or RecursionError if that fails."""
     return json.loads(body, object_hook=lambda o: Described(**o) if o.keys() == {"kind", "text"} else o)
 
 
@@ -84,7 +85,7 @@ def decode(body: bytes) -> Any:
 
 
 def readable(descriptors: list[int], timeout_s: float | None) -> list[int]:
-    """Those that can be read or have ended, after waiting at most so long. Unlike select, also for more than 1024."""
+    """The descriptors that can be read or have ended, after at most `timeout_s`. Unlike select, not limited to 1024."""
     poll = select.poll()
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
@@ -115,7 +116,7 @@ def _receive(channel: socket.socket, count: int) -> bytes:
 
 
 def place(error: BaseException, function: Any) -> str:
-    """file:line of the function's own code rather than of a library that it called."""
+    """file:line where `error` passed through the function's own file, rather than a library that it called."""
     frames = traceback.extract_tb(error.__traceback__)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
@@ -129,10 +130,10 @@ def message_of(error: BaseException) -> str:
 
 
 def _reply(function: Callable[..., Any], request: bytes) -> str:
-    """JSON of the answer, or of what went wrong; also sys.exit is something that went wrong."""
+    """JSON of the answer, or of the error that the function raised (including SystemExit)."""
     user_function = getattr(function, "function", function)
     try:
-        arguments = pickle.loads(request)  # from the trainer, whose objects these are
+        arguments = pickle.loads(request)  # safe: the trainer sent it
         answer = json.dumps({"answer": plain(function(**arguments))})
         if len(answer) > ANSWER_LIMIT:
             raise OverflowError(f"its answer has {len(answer)} bytes as JSON; at most {ANSWER_LIMIT} are passed on")
@@ -140,25 +141,25 @@ def _reply(function: Callable[..., Any], request: bytes) -> str:
     except BaseException as error:
         try:
             report = {"type": type(error).__name__, "message": message_of(error), "place": place(error, user_function)}
-        except BaseException:  # an exception whose str raises
+        except BaseException:  # for example an exception whose __str__ raises
             report = {"type": type(error).__name__, "message": "(its message cannot be shown)", "place": "?"}
         return json.dumps({"error": report | {"input": isinstance(error, InputError)}})
 
 
 def _serve(function: Callable[..., Any], channel: socket.socket, output: int) -> NoReturn:
-    """Answers one request after the other until the channel ends."""
+    """Answers one request after another until the channel is closed."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
     sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-    faulthandler.enable(file=2, all_threads=False)  # where it crashed reaches the user with the output
+    faulthandler.enable(file=2, all_threads=False)  # the traceback of a crash reaches the user with the output
     torch.set_num_threads(1)
     me = os.getpid()
     while True:
         request = _receive_frame(channel)
         reply = _reply(function, request[LENGTH.size :])
-        if os.getpid() != me:  # the function forked and the fork returned here
+        if os.getpid() != me:  # a child that the function forked has returned here
             os._exit(0)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
@@ -170,13 +171,13 @@ def _serve(function: Callable[..., Any], channel: socket.socket, output: int) ->
 
 
 def supervise(function: Callable[..., Any], control: socket.socket, parent: int) -> NoReturn:
-    """Never returns and never raises: this process is a copy of the trainer, whose code must not go on in it."""
+    """Never returns and never raises: this process is a fork of the trainer and must not run the trainer's code."""
     try:
         os.setsid()  # out of the terminal's group: Ctrl-C is for the trainer
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        _supervise(function, control, parent)  # however it ends, a worker ends with it (_die_with)
+        _supervise(function, control, parent)  # however this ends, the worker dies too (_die_with)
     finally:
         os._exit(0)
 
@@ -188,7 +189,7 @@ def _supervise(function: Callable[..., Any], control: socket.socket, parent: int
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     worker = 0
-    while os.getppid() == parent:  # asked every second: another copy of the trainer may hold our control open
+    while os.getppid() == parent:  # checked every second: another child of the trainer may hold control open
         ready = readable([control.fileno(), woken], 1.0)
         if woken in ready:
             os.read(woken, 4096)
@@ -201,7 +202,7 @@ def _supervise(function: Callable[..., Any], control: socket.socket, parent: int
             worker = _fork_worker(function, control, *descriptors)
         ended, status = os.waitpid(worker, 0 if _killed(worker, command) else os.WNOHANG) if worker else (0, 0)
         if ended:
-            _kill_group(worker)  # what it left behind
+            _kill_group(worker)  # processes that it left behind
             worker = 0
             control.sendall(STATUS.pack(status))
     if worker:
@@ -215,7 +216,7 @@ def _killed(worker: int, command: bytes | None) -> bool:
 
 
 def _die_with(parent: int) -> None:
-    """Also if the supervisor is killed, nobody is left who could end a function that loops (Linux has a way)."""
+    """Makes this process die with `parent` (Linux only): nobody else could then end a function that loops."""
     with suppress(Exception):
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -228,7 +229,8 @@ def _kill_group(worker: int) -> None:
 
 
 def _fork_worker(function: Callable[..., Any], control: socket.socket, channel: int, output: int) -> int:
-    supervisor, worker = os.getpid(), os.fork()
+    supervisor = os.getpid()
+    worker = os.fork()
     if worker == 0:
         try:
             _die_with(supervisor)
@@ -239,7 +241,7 @@ def _fork_worker(function: Callable[..., Any], control: socket.socket, channel: 
             _serve(function, socket.socket(fileno=channel), output)
         finally:
             os._exit(1)
-    with suppress(OSError):  # both do it, since either may come first
+    with suppress(OSError):  # both processes call it, since either may run first
         os.setpgid(worker, worker)
     os.close(channel)
     os.close(output)

@@ -1,6 +1,6 @@
-"""A Python function in a process of its own, where it can neither hang nor kill the run.
+"""Runs a Python function in a worker process, where it can neither hang nor end the run.
 
-worker = Worker(function)                      # forks; make it before a GPU is touched
+worker = Worker(function)                      # forks: make it before a GPU is used
 worker.call({"text": "1 + 1"}, timeout_s=5.0)  # function(text="1 + 1"), again and again
 """
 
@@ -20,12 +20,12 @@ from rlhf.errors import InputError
 from rlhf.isolation.worker_process import ANSWER_LIMIT, LENGTH, STATUS, decode, readable, send_frame, supervise
 
 OUTPUT_LIMIT = 64 * 2**10
-"""Bytes that one call may print; the rest is dropped, with a note."""
+"""Limit of what one call may print, in bytes; the rest is dropped, with a note."""
 _CONTROLS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 class WorkerTimeout(Exception):
-    """No answer in time. The worker and all it had started were killed."""
+    """No answer in time. The worker and all processes it had started were killed."""
 
 
 class WorkerDied(Exception):
@@ -41,7 +41,9 @@ class WorkerError(Exception):
     """The function raised: the exception's type, its message and the file:line of the function's own code."""
 
     def __init__(self, type_name: str, message: str, place: str) -> None:
-        self.type_name, self.message, self.place = type_name, message, place
+        self.type_name = type_name
+        self.message = message
+        self.place = place
         super().__init__(f"{type_name}: {message} (at {place})")
 
 
@@ -53,7 +55,7 @@ class Worker:
     """Calls `function(**kwargs)` in a worker process, one call at a time. A new worker replaces one that died.
 
     Answers come back as plain data: None, booleans, numbers, text and lists (arrays and tensors as lists), at most
-    `ANSWER_LIMIT` bytes of JSON; other values as `Described`. Nothing that the worker sends is ever run or unpickled.
+    `ANSWER_LIMIT` bytes of JSON; other values as `Described`. What the worker sends is never executed or unpickled.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -63,9 +65,9 @@ class Worker:
         self._supervisor()
 
     def call(self, kwargs: Mapping[str, Any], timeout_s: float | None = None) -> Any:
-        """The function's answer. WorkerTimeout, WorkerDied, WorkerError; an InputError of the function as it is.
+        """The function's answer. Raises WorkerTimeout, WorkerDied, WorkerError, or the function's own InputError.
 
-        kwargs: anything that can be pickled. timeout_s: None waits for ever.
+        kwargs: anything that can be pickled. timeout_s: time limit; None for no limit.
         """
         give_up = None if timeout_s is None else time.monotonic() + timeout_s
         try:
@@ -81,7 +83,7 @@ class Worker:
                 reply = self._ask(arguments, give_up)
             except _Ended:
                 raise WorkerDied(self._stop()) from None
-            except BaseException:  # also Ctrl-C: the next call must not meet this one's answer
+            except BaseException:  # also Ctrl-C: the next call must not receive this one's answer
                 self._stop()
                 raise
         if "answer" in reply:
@@ -92,7 +94,7 @@ class Worker:
         raise WorkerError(failure["type"], failure["message"], failure["place"])
 
     def interrupt(self) -> None:
-        """Ends a call that another thread waits for, with WorkerDied."""
+        """Kills the worker; a call that another thread waits for then raises WorkerDied."""
         with contextlib.suppress(OSError):
             self._control.send(b"K")
 
@@ -106,12 +108,12 @@ class Worker:
     # --- processes ---
 
     def _supervisor(self) -> None:
-        """Forks the supervisor, unless this process has one."""
+        """Forks the supervisor, unless this process has one already."""
         if self._owner == os.getpid():
             return
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
-                stream.flush()  # or the copy might print it again
+                stream.flush()  # or the child might print the buffered text again
         self._control, theirs = socket.socketpair()
         parent = os.getpid()
         pid = os.fork()
@@ -124,20 +126,25 @@ class Worker:
                 os._exit(1)
         theirs.close()
         _CONTROLS.add(self._control)
-        self._control.settimeout(10.0)  # it answers at once
-        self._owner, self._running, self._calls, self._supervisor_pid = parent, False, 0, pid
+        self._control.settimeout(10.0)  # usually it answers at once
+        self._owner = parent
+        self._running = False
+        self._calls = 0
+        self._supervisor_pid = pid
         self._release = weakref.finalize(self, _end, self._control, pid, parent)
 
     def _start(self) -> None:
-        """A worker, unless one waits for its next call."""
+        """Starts a worker, unless one is waiting for its next call."""
         self._supervisor()
         if self._running and not readable([self._control.fileno()], 0):
             return
-        self._stop()  # one that died between two calls
+        self._stop()  # a worker that died between two calls
         self._supervisor()
         channel, theirs = socket.socketpair()
         output_end, output = os.pipe()
-        self._running, self._channel, self._output = True, channel, output_end
+        self._running = True
+        self._channel = channel
+        self._output = output_end
         try:
             socket.send_fds(self._control, [b"S"], [theirs.fileno(), output])
         except OSError:  # the supervisor itself was killed
@@ -147,7 +154,7 @@ class Worker:
             os.close(output)
 
     def _stop(self) -> int:
-        """Kills the worker, if there is one, with all it started. Its exit code if it had ended before."""
+        """Kills the worker and all it started; returns its exit code, -SIGKILL if it had not ended by itself."""
         if self._owner != os.getpid() or not self._running:
             return -signal.SIGKILL
         self._running = False
@@ -160,7 +167,7 @@ class Worker:
             status = b""
         if len(status) == STATUS.size:
             return os.waitstatus_to_exitcode(STATUS.unpack(status)[0])
-        with contextlib.suppress(ProcessLookupError):  # the supervisor was killed, or the worker cannot be
+        with contextlib.suppress(ProcessLookupError):  # the supervisor is dead, or cannot kill the worker
             os.kill(self._supervisor_pid, signal.SIGKILL)
         self._release()
         self._owner = 0
@@ -179,10 +186,10 @@ class Worker:
             while True:
                 ready = readable(sources, _remaining(give_up))
                 if self._output in ready and not printed.pass_on():
-                    sources.remove(self._output)  # the function closed what it prints to
+                    sources.remove(self._output)  # the function closed its stdout and stderr
                 if channel in ready and self._read(answer):
                     return self._parse(bytes(answer[LENGTH.size :]))
-                if ready == [control]:  # all that it left was read before
+                if ready == [control]:  # the worker has ended, and all that it sent has been read
                     raise _Ended
         finally:
             printed.finish()
@@ -197,7 +204,7 @@ class Worker:
             raise _Ended from None
 
     def _read(self, answer: bytearray) -> bool:
-        """Reads on; True when the answer is complete."""
+        """Reads the next part of the answer; True when the answer is complete."""
         try:
             part = self._channel.recv(2**20)
         except OSError:
@@ -227,23 +234,22 @@ class _Printed:
     """Passes on what a worker prints during one call, up to `OUTPUT_LIMIT`; drops the rest."""
 
     def __init__(self, source: int) -> None:
-        self.source, self.count = source, 0
+        self.source = source
+        self.count = 0
 
     def pass_on(self) -> bool:
-        """One piece; False at the end."""
+        """Passes on the next piece; False at the end of the stream."""
         part = os.read(self.source, 2**16)
         keep = part[: max(0, OUTPUT_LIMIT - self.count)]
         if keep:
             sys.stdout.write(keep.decode(errors="replace"))
         if self.count <= OUTPUT_LIMIT < self.count + len(part):
-            sys.stdout.write(
-                f"\n(the rest of what this call of a reward prints is dropped after {OUTPUT_LIMIT} bytes)\n"
-            )
+            sys.stdout.write(f"\n(what this call of a reward function prints beyond {OUTPUT_LIMIT} bytes is dropped)\n")
         self.count += len(part)
         return bool(part)
 
     def finish(self) -> None:
-        """What came before the answer, without waiting for more, and no more than the pipe held."""
+        """Passes on what was printed before the answer, without waiting for more; reads at most 64 pieces."""
         for _ in range(64):
             if not readable([self.source], 0) or not self.pass_on():
                 break
@@ -251,7 +257,7 @@ class _Printed:
 
 
 def _remaining(give_up: float | None) -> float | None:
-    """Seconds until then; WorkerTimeout if none are left."""
+    """Seconds until `give_up`; WorkerTimeout if none are left."""
     if give_up is None:
         return None
     if (seconds := give_up - time.monotonic()) <= 0:
@@ -260,11 +266,11 @@ def _remaining(give_up: float | None) -> float | None:
 
 
 def _end(control: socket.socket, supervisor: int, owner: int) -> None:
-    """Ends a supervisor and what it started."""
+    """Ends a supervisor and all that it started."""
     if os.getpid() != owner:
         return
     with contextlib.suppress(OSError):
-        control.shutdown(socket.SHUT_RDWR)  # reaches it even if a copy of this process holds the socket too
+        control.shutdown(socket.SHUT_RDWR)  # works even if a child of this process holds the socket too
     control.close()
     with contextlib.suppress(ChildProcessError):
         os.waitpid(supervisor, 0)

@@ -1,4 +1,4 @@
-"""What a run hands out in the end: the policy as stock transformers loads it."""
+"""Exports the trained policy in a form that stock transformers loads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ from rlhf.training.weights import named_tensors
 
 
 def save_policy(policy: Policy, tokenizer: Any, final: Path) -> None:
-    """Writes the folder `final`, whole or not at all: model, tokenizer, and the value head beside them.
+    """Write model, tokenizer and value head to the folder `final`, completely or not at all.
 
-    What was written is opened again and compared with the policy, bit for bit: TrainingError if it is another one.
+    The folder is loaded again and compared with the policy bit for bit; raises TrainingError if they differ.
     """
     with written_beside(final) as temporary, _no_bars():
         policy.lm.save_pretrained(temporary, state_dict=_apart(policy.lm))
@@ -31,20 +31,20 @@ def save_policy(policy: Policy, tokenizer: Any, final: Path) -> None:
 
 
 def check_export(lm: PreTrainedModel, folder: Path) -> None:
-    """TrainingError if `folder` does not load as the very weights of `lm`; it needs memory for a second copy of them."""
+    """Raise TrainingError if `folder` does not load as the weights of `lm`. Needs memory for a second copy of them."""
     reopened = type(lm).from_pretrained(folder, dtype=lm.dtype).state_dict()
     other = [name for name, tensor in lm.state_dict().items() if not _equal(tensor, reopened.get(name))]
     if other:
         raise TrainingError(
-            f"{folder} does not load as the policy that was trained: {', '.join(other[:3])} came back with other numbers "
-            f"({len(other)} tensors in all). The run's last checkpoint holds the right ones. Look for weights that are "
-            "shared or changed outside of the model's configuration."
+            f"{folder} does not load as the policy that was trained: {', '.join(other[:3])} differ when loaded "
+            f"({len(other)} tensors in all). The run's last checkpoint holds the trained weights. Look for weights that "
+            "the model shares or changes in a way that its configuration does not record."
         )
 
 
 def _apart(lm: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The weights with a shared embedding written twice, if the configuration says that it is not shared: transformers
-    would write it once and load the other one anew. None: as usual."""
+    """The weights with a shared embedding written twice, if the configuration says that it is not shared; transformers
+    would write it once and initialise the other one randomly on loading. None: save as usual."""
     embeddings = lm.get_output_embeddings(), lm.get_input_embeddings()
     shared = all(e is not None for e in embeddings) and embeddings[0].weight is embeddings[1].weight
     if not shared or lm.config.get_text_config().tie_word_embeddings:
@@ -58,7 +58,7 @@ def _equal(tensor: Tensor, other: Tensor | None) -> bool:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No bars for single files: the run has its own."""
+    """Hide the progress bars of transformers, since the run has its own."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Loading language models and tokenizers, with errors that a user understands."""
+"""Loads language models and tokenizers, with clear error messages."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ def load_tokenizer(path: str, *, setting: str = "tokenizer") -> PreTrainedTokeni
 
 
 def load_causal_lm(path: str, *, setting: str = "policy") -> PreTrainedModel:
-    """Float32 weights: updates of 1e-6 vanish in bfloat16. Set the trainer's precision for faster arithmetic."""
+    """Load float32 weights: updates of 1e-6 vanish in bfloat16. Set the trainer's precision for faster arithmetic."""
     return _load(AutoModelForCausalLM, path, setting, dtype=torch.float32)
 
 
@@ -36,21 +36,21 @@ def _load(loader: Any, path: str, setting: str, **options: Any) -> Any:
 
 
 def from_pretrained(loader: Any, path: str | Path, setting: str, **options: Any) -> Any:
-    """`loader.from_pretrained`, which runs no code that a model brings along: transformers would otherwise ask on standard
-    input whether it may. InputError if the model cannot do without."""
+    """`loader.from_pretrained`, without running code shipped with a model (transformers would ask on standard input for
+    permission). Raises InputError if the model needs such code."""
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **options)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise InputError(
-            f"{setting}: {str(path)!r} brings Python code of its own, which is not run unasked. Read it; if you trust it, "
-            f"load it in Python with trust_remote_code=True and pass the object as {setting}."
+            f"{setting}: {str(path)!r} needs Python code of its own, which is never run unasked. Read it; if you trust "
+            f"it, load the model in Python with trust_remote_code=True and pass the object as {setting}."
         ) from error
 
 
 def check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token the tokenizer can produce must have an embedding."""
+    """Check that every token of the tokenizer has an embedding."""
     size = int(lm.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if len(tokenizer) > size:
         raise InputError(
@@ -60,7 +60,7 @@ def check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def check_precision(lm: PreTrainedModel) -> None:
-    """Weights that are trained must be float32 or wider."""
+    """Check that the trained weights are float32 or wider."""
     narrow = sorted({str(p.dtype) for p in lm.parameters() if p.requires_grad and p.dtype.itemsize < 4})
     if narrow:
         raise InputError(

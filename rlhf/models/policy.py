@@ -1,4 +1,4 @@
-"""Language models as policies: a causal LM and a value head in one module, and loading with errors a user understands."""
+"""Language models as policies: a causal LM and an optional value head in one module."""
 
 from copy import deepcopy
 from typing import Any
@@ -12,9 +12,9 @@ from rlhf.training.weights import named_tensors
 from rlhf.types import Inputs, PolicyOutputs
 
 LOGITS_AT_ONCE = 2**25
-"""Numbers in one chunk of logits (128 MB in float32); longer batches are scored chunk by chunk."""
+"""Numbers in one chunk of logits (128 MB in float32); longer batches are scored in several chunks."""
 
-# Settings of model families whose logits are more than output_embeddings(hidden): these are scored by the LM's own forward.
+# Settings of model families whose logits are not just output_embeddings(hidden): the LM's own forward scores these.
 _LOGIT_TRANSFORMS = (
     "final_logit_softcapping",
     "logit_scale",
@@ -28,7 +28,7 @@ class Policy(nn.Module):
     """A causal LM with an optional value head on its last hidden states.
 
     Sequences are right-padded: `input_ids` (rows, width) holds prompt, completion, padding; `prompt_lengths` is (rows,).
-    Causal attention never looks to the right, so padding needs no attention mask and cannot matter. Log-probs are those of
+    Causal attention never looks to the right, so padding has no effect and needs no attention mask. Log-probs are of
     softmax(logits / temperature), as in sampling. Always in eval mode: dropout would make the first ratio differ from 1.
     """
 
@@ -43,13 +43,13 @@ class Policy(nn.Module):
         self.eval()
 
     def weights(self) -> list[tuple[str, Tensor]]:
-        """The language model's weights by name, as an engine takes them."""
+        """The language model's weights by name, for an engine."""
         return list(named_tensors(self.lm).items())
 
     def forward(
         self, inputs: Inputs, actions: Tensor, *, with_values: bool = False, with_entropy: bool = False
     ) -> PolicyOutputs:
-        """Log-probs (values, entropies) of the completion tokens `actions`, (rows, time); padding gives arbitrary numbers.
+        """Log-probs (and values, entropies) of the completion tokens `actions`, (rows, time); arbitrary at padding.
 
         logits[t] scores the token at t + 1, and V is the value of the state *before* each token, so both read the hidden
         states from the prompt's last token on.
@@ -78,16 +78,16 @@ class Policy(nn.Module):
         return PolicyOutputs(logprobs=logprobs, values=values, entropy=entropies)
 
     def decode(self, **inputs: Any) -> Any:
-        """The causal LM's own forward, by which an engine samples: everything that computes enters through this module."""
+        """The causal LM's own forward, for sampling, so that all computation goes through this module."""
         return self.lm(**inputs)
 
     def train(self, mode: bool = True) -> "Policy":
-        """Stays in eval mode; see the class."""
+        """Does nothing: the policy stays in eval mode, see the class."""
         return super().train(False)
 
 
 class ValueHead(nn.Module):
-    """hidden states (rows, time, width) -> values (rows, time), in float32 or wider. Starts at 0: no opinion."""
+    """Hidden states (rows, time, width) -> values (rows, time), in float32 or wider. All values start at 0."""
 
     def __init__(self, width: int, like: Tensor) -> None:
         super().__init__()
@@ -102,5 +102,5 @@ class ValueHead(nn.Module):
 
 
 def frozen_copy(lm: PreTrainedModel, *, temperature: float) -> Policy:
-    """The reference policy: a copy of the weights as they are now, without gradients."""
+    """The reference policy: a copy of the current weights, without gradients."""
     return Policy(deepcopy(lm), temperature=temperature).requires_grad_(False)

@@ -1,1 +1,1 @@
-"""Completions -> scores, from functions and from models."""
+"""Scores of completions, from reward functions and reward models."""

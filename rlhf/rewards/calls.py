@@ -1,10 +1,10 @@
-"""How one reward function is called: with a deadline, in this process or in one of its own, and its failures named.
+"""Calls one reward function, with a deadline, in this process or in a worker process, and reports its failures.
 
-A function object is called in this process, so that it may share state with the script that made it. `isolated(f)` is
-the same function in a worker process of its own, as are the functions named on a command line: nothing that it does
-(an endless loop, a crash, os._exit) can hang or end the run. In this process the deadline interrupts Python code, `re`,
-sleeping and waiting; C code that does not return ends the process after `GRACE_S` more, with the traceback on stderr.
-A `RewardModel` has no deadline.
+A function object is called in this process, so that it can share state with the script that made it. `isolated(f)` runs
+`f` in a worker process of its own, as do functions named on a command line: an endless loop, a crash or os._exit there
+can neither hang nor end the run. In this process the deadline interrupts Python code, `re`, sleeping and waiting. If C
+code does not return, the process is ended `GRACE_S` after the deadline, with the traceback on stderr. A `RewardModel`
+has no deadline.
 """
 
 import asyncio
@@ -28,23 +28,23 @@ from rlhf.rewards.functions import Signature, name_of, signature_of
 from rlhf.rewards.model import RewardModel
 
 SEARCH_S = 5.0
-"""How long a failed function may be called again, row by row, to find the row it fails on."""
+"""Seconds to spend on calling a failed function again, row by row, to find the row it fails on."""
 ROW_S = 1.0
-"""How long one row may take in the search for the row on which a function hangs."""
+"""Seconds that one row may take in that search if the function passed its deadline."""
 GRACE_S = 30.0
-"""How long after the deadline a process ends whose reward function cannot be interrupted."""
+"""Seconds from the deadline until a process is ended whose reward function cannot be interrupted."""
 Wait = Callable[[], Any]
 
 
 class DeadlinePassed(BaseException):
-    """Raised in a function of this process. No Exception: `except Exception: score = 0` must not swallow it."""
+    """Raised inside a function in this process. A BaseException, so that its `except Exception` does not catch it."""
 
 
 Failure = (Exception, SystemExit, DeadlinePassed)
-"""What a function may raise that is then named; Ctrl-C is the user's."""
+"""Exceptions that are reported as a failure of the function. KeyboardInterrupt is not: Ctrl-C ends the run."""
 
 
-# --- in a process of its own ---
+# --- in a worker process ---
 
 
 class Isolated:
@@ -52,14 +52,15 @@ class Isolated:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.__wrapped__ = function  # where inspect finds the signature
-        self.__name__, self.__doc__ = name_of(function), function.__doc__
+        self.__name__ = name_of(function)
+        self.__doc__ = function.__doc__
         self.worker = Worker(_Recorded(function))
 
     def __call__(self, **keywords: Any) -> Any:
         return self.within(None, keywords)
 
     def within(self, timeout_s: float | None, keywords: dict[str, Any]) -> Any:
-        """The answer. What the function logs is recorded there and logged here, after it returned."""
+        """The function's answer. Its log calls are recorded in the worker and repeated here after it has returned."""
         tools = {name: keywords[name] for name in ("log_extra", "log_metric") if name in keywords}
         answer, logged = self.worker.call(keywords | dict.fromkeys(tools), timeout_s)
         for tool, name, value in logged:
@@ -70,18 +71,20 @@ class Isolated:
 def isolated(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with the same name and signature, run in a worker process of its own, which is forked now.
 
-    Make it before a model is loaded. It sees what existed then; what it changes stays in its process, which lives on
-    from call to call and is replaced if it dies. Its answer must be plain data: numbers, None, text, lists.
+    Call this before a model is loaded. The function sees what exists now. Its changes stay in its process, which serves
+    all calls and is replaced if it dies. Its answer must be plain data: numbers, None, text, lists. On systems without
+    fork, returns `function` itself.
     """
     return Isolated(function) if hasattr(os, "fork") else function
 
 
 class _Recorded:
-    """Runs in the worker: [answer, what was logged]."""
+    """Runs in the worker: returns [answer, log calls]."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.__name__ = function, name_of(function)
-        self._loop: asyncio.AbstractEventLoop | None = None  # kept, as are the clients opened in it
+        self.function = function
+        self.__name__ = name_of(function)
+        self._loop: asyncio.AbstractEventLoop | None = None  # kept for the clients that were opened in it
 
     def __call__(self, **keywords: Any) -> Any:
         logged: list[Any] = []
@@ -98,9 +101,9 @@ class _Recorded:
 
 
 def call_within(timeout_s: float | None, function: Callable[..., Any], keywords: dict[str, Any]) -> Any:
-    """The function's answer; DeadlinePassed is raised in it after `timeout_s`, and each second again if it swallows it.
+    """The function's answer. After `timeout_s`, DeadlinePassed is raised inside it, and again every second if caught.
 
-    Only in the main thread of a system with SIGALRM. What the function does to the alarm itself stays its own business.
+    The deadline works only in the main thread, on systems with SIGALRM, if the function leaves the alarm alone.
     """
     if timeout_s is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         with no_copies():
@@ -120,7 +123,7 @@ def call_within(timeout_s: float | None, function: Callable[..., Any], keywords:
                 return function(**keywords)
         finally:
             running = False
-    finally:  # also if it rings on the way out
+    finally:  # also if the alarm rings on the way out
         left = max(1e-3, seconds - (time.monotonic() - started)) if seconds else 0.0
         signal.setitimer(signal.ITIMER_REAL, left, interval)
         signal.signal(signal.SIGALRM, before)
@@ -128,7 +131,7 @@ def call_within(timeout_s: float | None, function: Callable[..., Any], keywords:
 
 @contextlib.contextmanager
 def no_copies() -> Iterator[None]:
-    """A copy of this process that the function forked, and that came back from it, ends here: the run is not its own."""
+    """Ends a child process that the function forked and that returned from it: a child must not go on with the run."""
     me = os.getpid()
     try:
         yield
@@ -139,7 +142,7 @@ def no_copies() -> Iterator[None]:
 
 @contextlib.contextmanager
 def last_resort(timeout_s: float | None) -> Iterator[None]:
-    """Ends this process `GRACE_S` after the deadline, whatever it does then: better than holding the others for ever."""
+    """Ends this process `GRACE_S` after the deadline if the block still runs: other ranks would wait for ever."""
     if timeout_s is None or sys.__stderr__ is None:
         yield
         return
@@ -151,8 +154,8 @@ def last_resort(timeout_s: float | None) -> Iterator[None]:
 
 
 class EventLoop:
-    """An asyncio loop in a thread of its own, started on first use and kept: clients that an async reward opens stay
-    usable from step to step, and a loop that already runs here (a notebook) does not matter."""
+    """An asyncio loop in a thread of its own, started on first use and kept, so that clients that an async reward opens
+    stay usable from step to step. A loop that already runs in the main thread (a notebook) does not interfere."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -164,7 +167,7 @@ class EventLoop:
         return asyncio.run_coroutine_threadsafe(_caught(awaitable), self._loop)
 
     def abandon(self) -> None:
-        """A function may never give it back: the next one gets a new loop."""
+        """Gives up a loop that a function may block for ever; the next call gets a new one."""
         self._loop = None
 
 
@@ -176,28 +179,28 @@ async def _caught(awaitable: Awaitable[Any]) -> Any:
     try:
         with no_copies():
             return await awaitable
-    except SystemExit as error:  # raised on, it would end the loop, and nobody would learn of it
+    except SystemExit as error:  # raised here, it would end the loop unnoticed
         return error
 
 
-# --- either ---
+# --- both ---
 
 
 _UNCHANGING = {str, bytes, bool, int, float, type(None)}
 
 
 def copied(value: Any) -> Any:
-    """The same value, of which nothing that can change is shared. What cannot be copied is handed out as it is."""
+    """A copy of `value` that shares nothing mutable with it. What cannot be copied is returned as it is."""
     if type(value) in _UNCHANGING or callable(value):
         return value
     if type(value) is list or type(value) is tuple:
-        plain = _UNCHANGING.issuperset(map(type, value))  # token ids and texts: quick
+        plain = _UNCHANGING.issuperset(map(type, value))  # token ids or texts: the fast path
         return type(value)(value) if plain else type(value)(copied(item) for item in value)
     if type(value) is dict:
         return {key: copied(item) for key, item in value.items()}
     try:
         return copy.deepcopy(value)
-    except Exception:  # a column of open files or locks, which nobody trains on
+    except Exception:  # for example open files or locks
         return value
 
 
@@ -208,12 +211,13 @@ class RewardCall:
         self.function, self.name, self.loop = function, name, loop
         self.signature: Signature = signature_of(function)
         self.order = 0 if isinstance(function, Isolated) else 1 if self.signature.is_async else 2
-        """Those that run elsewhere start first, so that they run while others compute here."""
+        """Start order: functions in workers, then async ones, so that both run while the others compute here."""
 
     def start(self, keywords: dict[str, Any], timeout_s: float | None) -> tuple[Wait, Callable[[], Any]]:
-        """Begins the call. Returns what waits for its answer, and what gives it up; a sync function has answered.
+        """Begins the call. Returns a function that waits for the answer and one that gives the call up.
 
-        The function gets copies of `keywords`; those of a worker are made by sending them, and our own models change none.
+        A sync function in this process has answered when this returns. The function gets copies of `keywords`: sending
+        them to a worker copies them, and a `RewardModel` gets the originals, since it does not change them.
         """
         keywords = self.signature.select(keywords)
         if not isinstance(self.function, Isolated | RewardModel):
@@ -256,7 +260,7 @@ class RewardCall:
             with last_resort(seconds):
                 answer = future.result(seconds)
         except TimeoutError:
-            if future.done():  # the function's own
+            if future.done():  # raised by the function itself
                 raise
             future.cancel()
             self.loop.abandon()
@@ -268,7 +272,7 @@ class RewardCall:
     def failure(
         self, error: BaseException, inputs: Mapping[str, Sequence[Any]], tools: dict[str, Any], timeout_s: float | None
     ) -> InputError:
-        """Names function, row and line of the user's code. A RewardModel's own InputError is passed on as it is."""
+        """The error to report: names function, row and line of the user's code. An InputError is returned unchanged."""
         if isinstance(error, InputError):
             return error
         late = isinstance(error, DeadlinePassed | WorkerTimeout)
@@ -297,7 +301,7 @@ class RewardCall:
     def _failing_row(
         self, error: BaseException, inputs: Mapping[str, Sequence[Any]], tools: dict[str, Any], row_s: float
     ) -> int | None:
-        """The first row on which the function, given that row alone, fails the same; None if none is found in time."""
+        """The first row that alone makes the function fail in the same way; None if none is found in time."""
         ignore = {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}
         give_up = time.monotonic() + SEARCH_S
         for row in range(len(inputs["prompts"])):

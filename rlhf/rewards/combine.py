@@ -1,15 +1,16 @@
-"""Scores for completions: reward functions as users write them, several of them with weights, every answer checked.
+"""Scores completions with one or several weighted reward functions, and checks every answer.
 
 A reward function is called with keywords and returns one number, or None for "not applicable", per completion:
 
-    def shorter(completions, **columns):                      # sync or async; a callable object will do too
+    def shorter(completions, **columns):                      # sync or async, or a callable object
         return [-len(text) / 100 for text in completions]
 
 Keywords: `prompts`, `completions`, `completion_ids`, every other column of the data set (one value per completion),
-`trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`. A function without `**kwargs` is given those
-it names. `completions` are strings, or `[{"role": "assistant", "content": text}]` where prompts are conversations.
+`trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`. A function without `**kwargs` gets only
+those it names. `completions` are strings, or `[{"role": "assistant", "content": text}]` if prompts are conversations.
 
-A function passed in Python runs in this process; one named on a command line, or wrapped by `isolated`, in its own.
+A function passed in Python runs in this process; one named on a command line, or wrapped by `isolated`, runs in a
+worker process of its own.
 """
 
 import math
@@ -30,28 +31,28 @@ STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_ex
 
 @dataclass(frozen=True, kw_only=True)
 class RewardResult:
-    """What all functions said about one batch of completions."""
+    """The scores of one batch of completions."""
 
     scores: list[float | None]
     """Weighted sum over the functions that did not abstain; None where all did (only with `allow_unscored`)."""
     per_function: dict[str, list[float | None]]
     totals: dict[str, tuple[float, float]]
-    """name -> (sum, count): add both over processes, then divide; the mean then does not depend on the processes.
+    """Metric -> (sum, count). Add both over processes, then divide: the mean is the same for any number of processes.
 
     "rewards/<function>/std" holds the sum of squares: see `deviations`."""
     extra: dict[str, list[Any]] = field(default_factory=dict)
-    """Columns from `log_extra`, for tables of completions."""
+    """Columns from `log_extra`, written with the completions."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """This batch's mean of each of `totals`, or deviation; names without a value are left out."""
+        """This batch's mean or standard deviation for each of `totals`; names with a count of 0 are left out."""
         return deviations({name: total / count for name, (total, count) in self.totals.items() if count})
 
 
 class Rewards:
-    """One or several reward functions as one. `Rewards([length, RewardModel.load(path)], weights=[0.1, 1.0])`.
+    """One or several reward functions as one: `Rewards([length, RewardModel.load(path)], weights=[0.1, 1.0])`.
 
-    timeout_s: how long one call of one function on one batch may take, see calls.py; None waits for ever.
+    timeout_s: time limit of one call of one function on one batch, see calls.py; None for no limit.
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class Rewards:
         for reserved in (*STANDARD, "prompt_ids"):
             if reserved in columns:
                 raise InputError(
-                    f"The data set has a column {reserved!r}, a name reward functions get from us. Rename it."
+                    f"The data set has a column {reserved!r}, but the trainer passes this keyword to reward functions. "
+                    "Rename it."
                 )
         for call in self._calls:
             missing = [p for p in call.signature.required if p not in (*columns, *STANDARD, "prompt_ids")]
@@ -112,12 +114,19 @@ class Rewards:
         trainer_state: Any = None,
         allow_unscored: bool = False,
     ) -> RewardResult:
-        """Scores one batch; all sequences, also those in `columns`, have one entry per completion.
+        """Scores one batch.
 
-        Each function is handed copies: what it changes, nobody else sees. Async and isolated functions run while others
-        compute. InputError names function, row (of
-        this batch, from 0) and value when a function fails or returns nonsense. A row on which every function abstains
-        is an error, or None with `allow_unscored`.
+        Each function gets copies, so no other sees its changes. Async and isolated functions run while others compute.
+
+        Args:
+            prompts: one per completion, like all other sequences.
+            columns: the other columns of the data set.
+            prompt_ids: needed by a `RewardModel` that reads the policy's ids.
+            trainer_state: passed on to the functions; a mapping becomes a `TrainerState`.
+            allow_unscored: a row on which every function abstains gets the score None instead of raising InputError.
+
+        Raises:
+            InputError: a function fails or returns a bad answer; names function, row (of this batch, from 0) and value.
         """
         log = _Log(len(completions))
         if isinstance(trainer_state, Mapping):
@@ -152,13 +161,13 @@ class Rewards:
         total = sum(said)
         if not abs(total) <= SCORE_LIMIT:
             raise InputError(
-                f"reward_weights={self.weights}: with them, the scores {list(scores)} of row {row} make {total}. Give "
-                f"weights with which a score is at most {SCORE_LIMIT:g} in size."
+                f"reward_weights={self.weights}: the weighted sum of row {row}'s scores {list(scores)} is {total}. "
+                f"Give weights with which it is at most {SCORE_LIMIT:g} in size."
             )
         return total if said else None
 
     def _call_all(self, inputs: Mapping[str, Sequence[Any]], tools: dict[str, Any]) -> list[Any]:
-        """Every function's raw answer, in order. Those that run elsewhere start first: they work while others compute."""
+        """Each function's raw answer, in order. Isolated and async ones start first: they run while others compute."""
         waiting: list[tuple[int, Callable[[], Any], Callable[[], Any]]] = []
         answers: list[Any] = [None] * len(self._calls)
         at = 0
@@ -176,7 +185,7 @@ class Rewards:
 
 
 class TrainerState(dict[str, Any]):
-    """`trainer_state["global_step"]`, and the same as an attribute, as functions written for other libraries read it."""
+    """A dict whose keys are also attributes (`trainer_state.global_step`), as other libraries' functions expect."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
@@ -185,7 +194,7 @@ class TrainerState(dict[str, Any]):
 
 
 def completion_texts(prompts: Sequence[Text], completion_ids: Sequence[Sequence[int]], tokenizer: Any) -> list[Text]:
-    """Completions as reward functions see them: decoded without special tokens; an assistant turn for conversations."""
+    """Completions as reward functions get them: decoded without special tokens; assistant turns for conversations."""
     texts = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completion_ids]
     return [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -194,7 +203,7 @@ def completion_texts(prompts: Sequence[Text], completion_ids: Sequence[Sequence[
 
 
 def _custom(logged: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """What a function logs as "accuracy" is reported as "custom/accuracy"; a slash would make it another name."""
+    """Renames the metric "accuracy" of a function to "custom/accuracy", with _ for each slash in its own name."""
     return {f"custom/{name.removeprefix('custom/').replace('/', '_')}": pair for name, pair in logged.items()}
 
 
@@ -215,13 +224,13 @@ def deviations(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def deviation(mean_square: float, mean: float) -> float:
-    """Standard deviation; 0 where the difference is rounding, so that equal scores have none."""
+    """Standard deviation; 0 if the variance is only rounding error, so that equal scores give 0."""
     variance = mean_square - mean * mean
     return variance**0.5 if variance > 1e-14 * mean_square else 0.0
 
 
 class _Log:
-    """What functions report through `log_extra` and `log_metric` during one batch."""
+    """Collects what functions report through `log_extra` and `log_metric` during one batch."""
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows

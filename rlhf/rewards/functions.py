@@ -1,4 +1,4 @@
-"""One reward function: loaded by name, looked at for what it takes, and its answer checked."""
+"""Loads a reward function by name, reads its signature and checks its answer."""
 
 import importlib
 import importlib.util
@@ -21,14 +21,14 @@ from rlhf.errors import InputError, excerpt
 from rlhf.isolation.worker_process import Described
 
 SCORE_LIMIT = 1e9
-"""Larger scores are refused: in float32 they leave no digits for the differences that training lives on."""
+"""Largest allowed size of a score. In float32, larger ones leave no digits for the differences that training needs."""
 
 
 # --- by name ---
 
 
 def load_reward_function(name: str, setting: str = "reward_functions") -> Callable[..., Any]:
-    """The function `name` means: "path/to/file.py:function" or "module.path:function". This runs the user's file."""
+    """Loads "path/to/file.py:function" or "module.path:function", which executes that file or module."""
     source, colon, function_name = name.rpartition(":")
     if not colon or not source or not function_name:
         raise InputError(f"{setting}={name!r}: write file.py:function or module.path:function.")
@@ -50,12 +50,12 @@ def load_reward_function(name: str, setting: str = "reward_functions") -> Callab
 def _from_file(source: str, where: str) -> ModuleType:
     path = Path(source).expanduser().resolve()
     if not path.is_file():
-        raise InputError(f"{where}: there is no file {path}. Check the path; it counts from the current directory.")
+        raise InputError(f"{where}: there is no file {path}. Check the path; it is relative to the current directory.")
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}_{abs(hash(path)):x}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{where}: {path} cannot be imported. Give a Python file.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look a module up by its name
+    sys.modules[spec.name] = module  # dataclasses and pickle look up modules by name
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -73,12 +73,12 @@ def _import(source: str, name: str, setting: str) -> ModuleType:
         ) from error
 
 
-# --- what it takes ---
+# --- its signature ---
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Which keywords a function takes. `prompt_ids` goes only to those that name it."""
+    """Which keywords a function takes. `prompt_ids` is passed only to functions that name it, not to `**kwargs`."""
 
     named: frozenset[str]
     required: tuple[str, ...]
@@ -91,11 +91,11 @@ class Signature:
 
 
 def signature_of(function: Callable[..., Any]) -> Signature:
-    """InputError if it cannot be called with keywords."""
+    """The signature of `function`; InputError if it cannot be called with keywords."""
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some built-ins have none
+    except (TypeError, ValueError):  # some built-ins have no signature
         return Signature(frozenset(), (), True, is_async)
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY:
@@ -113,19 +113,19 @@ def signature_of(function: Callable[..., Any]) -> Signature:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Its name in logs and messages."""
+    """The name of `function` in logs and messages."""
     function = getattr(function, "func", function)  # functools.partial
     name = getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__
     return str(name).replace("/", "_")
 
 
-# --- what it returns ---
+# --- its answer ---
 
 
 def check_scores(answer: Any, num_rows: int, name: str, prompts: Sequence[Text]) -> list[float | None]:
-    """The one validator of what a reward returns: a list, tuple, 1-D tensor or array with a number or None per row.
+    """Checks a reward function's answer: a list, tuple, 1-D tensor or array with a number or None per row.
 
-    Booleans count as 1 and 0. NaN, infinities and magnitudes above `SCORE_LIMIT` are InputErrors, like any other type.
+    Booleans count as 1 and 0. NaN, infinities, magnitudes above `SCORE_LIMIT` and all other types raise InputError.
     """
     wanted = f"Return a list with one number, or None, for each of the {num_rows} completions."
     if isinstance(answer, torch.Tensor):

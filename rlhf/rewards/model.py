@@ -16,11 +16,18 @@ from rlhf.models.loading import from_pretrained
 class RewardModel:
     """Scores completions with a sequence-classification model; a reward function like any other, see combine.py.
 
-    With the policy's own vocabulary (or no tokenizers given) it reads the very ids that were sampled. With another one,
-    text is tokenised again by `reward_tokenizer`, conversations through its own chat template.
+    If the model has the policy's vocabulary (or no tokenizers are given), it reads the ids that were sampled. Otherwise
+    `reward_tokenizer` tokenises the text again, conversations through its own chat template.
 
-    The score is read at each row's last real token, known from its length. Only if the model pads with its own EOS is
-    it read at the last token that is not EOS, because stock transformers trained and scores such a model there.
+    The score is read at the last real token of each row, known from its length. Only if the model pads with its own EOS
+    is it read at the last token that is not EOS, since stock transformers train and score such a model there.
+
+    Args:
+        model: a sequence classifier with num_labels=1.
+        reward_tokenizer: the model's tokenizer.
+        policy_tokenizer: the tokenizer of the policy; a trainer sets its own, see `for_policy`.
+        microbatch_tokens: limit of one forward, in tokens including padding (a single row may exceed it).
+        name: its name in logs and messages.
     """
 
     def __init__(
@@ -41,7 +48,8 @@ class RewardModel:
         if microbatch_tokens < 1:
             raise InputError(f"microbatch_tokens={microbatch_tokens}: give at least 1.")
         self.model = model.eval()
-        self.name, self.microbatch_tokens = name, microbatch_tokens
+        self.name = name
+        self.microbatch_tokens = microbatch_tokens
         self.reward_tokenizer = reward_tokenizer
         self.policy_tokenizer: Any = None
         self.encoder: Encoder | None = None
@@ -49,7 +57,7 @@ class RewardModel:
         self.for_policy(policy_tokenizer)
 
     def for_policy(self, tokenizer: Any) -> "RewardModel":
-        """Tells it whose ids it will be given, unless that is known already. A trainer calls this with its tokenizer."""
+        """Sets the policy's tokenizer, unless one is set already; returns self. Trainers call this with their own."""
         if self.policy_tokenizer is None and tokenizer is not None:
             self.policy_tokenizer = tokenizer
             if self.reward_tokenizer is not None and not _reads_alike(self.reward_tokenizer, tokenizer):
@@ -60,7 +68,10 @@ class RewardModel:
     def load(
         cls, path: str | Path, device: torch.device | str = "cpu", *, policy_tokenizer: Any = None, **options: Any
     ) -> "RewardModel":
-        """From a directory or hub name, with the tokenizer saved beside it; InputError if it is no such model."""
+        """Loads a model, and its tokenizer if saved, from a directory or hub name; InputError if it is no reward model.
+
+        options: as for the constructor.
+        """
         where = f"reward_model={str(path)!r}"
         if not Path(path).exists() and (len(Path(path).parts) != 2 or Path(path).parent.is_dir()):
             raise InputError(
@@ -90,7 +101,7 @@ class RewardModel:
         except InputError:
             raise
         except (OSError, ValueError):
-            tokenizer = None  # only weights were saved: they read the policy's ids
+            tokenizer = None  # no tokenizer was saved: the model reads the policy's ids
         name = options.pop("name", Path(path).name)
         return cls(
             model.to(device), reward_tokenizer=tokenizer, policy_tokenizer=policy_tokenizer, name=name, **options
@@ -103,7 +114,7 @@ class RewardModel:
         completion_ids: Sequence[Sequence[int]],
         prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[float]:
-        """One score per completion. `prompt_ids` is needed when it reads the policy's own ids."""
+        """One score per completion. `prompt_ids` is needed when the model reads the policy's ids."""
         if self.encoder is not None:
             return self.score(self._retokenise(self.encoder, prompts, completions, completion_ids))
         if prompt_ids is None:
@@ -112,7 +123,7 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Scores of whole token sequences, `microbatch_tokens` at a time; neither order nor padding changes them."""
+        """Scores of whole token sequences, `microbatch_tokens` at a time; order and padding do not affect them."""
         self._check(sequences)
         scores = torch.zeros(len(sequences), dtype=torch.float64)
         for rows in _batches([len(ids) for ids in sequences], self.microbatch_tokens):
@@ -127,7 +138,7 @@ class RewardModel:
         mask = (torch.arange(width, device=device) < lengths.unsqueeze(1)).long()
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # adapters stay on
         head = getattr(model, "score", None)
-        if head is None:  # not a causal model: its own forward knows which token it reads
+        if head is None:  # not a causal model: its own forward picks the token to read
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0]
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = torch.tensor([self._last_index(row) for row in sequences], device=device)
@@ -145,7 +156,7 @@ class RewardModel:
     def _retokenise(
         self, encoder: Encoder, prompts: Sequence[Text], completions: Sequence[Text], ids: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        """The same texts in the reward model's tokens; EOS ends those completions that the policy ended."""
+        """The texts as ids of the reward model; a completion ends with EOS if the policy ended it."""
         eos = self.policy_tokenizer.eos_token_id
         sequences = []
         for prompt, completion, tokens in zip(prompts, completions, ids, strict=True):
@@ -173,7 +184,7 @@ class RewardModel:
 
 
 def _batches(lengths: Sequence[int], microbatch_tokens: int) -> Iterator[list[int]]:
-    """Rows of similar length together, longest first, so that rows times width stays within `microbatch_tokens`."""
+    """Indices of rows of similar length, longest first; rows times width stays within `microbatch_tokens`."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         count = max(1, microbatch_tokens // lengths[order[0]])

@@ -1,1 +1,1 @@
-"""Prompts -> completions -> scores -> `Trajectories`."""
+"""Rollouts: prompts -> completions -> scores -> `Trajectories`."""

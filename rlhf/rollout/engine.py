@@ -1,8 +1,8 @@
-"""The port to whoever samples: requests of token ids in, completions with their log-probs and policy versions out.
+"""The interface of the sampler: it takes requests of token ids and gives completions, log-probs and policy versions.
 
-Everything that samples goes through a `RolloutEngine`: training, evaluation, the embedded pipelines and the command
-`sample`. `InProcessEngine` (in_process.py) is the policy itself; an inference server is another implementation.
-tests/rollout/conformance.py says, as tests, what every engine promises.
+All sampling goes through a `RolloutEngine`: training, evaluation, the embedded pipelines and the command `sample`.
+`InProcessEngine` (in_process.py) samples with the policy itself; an inference server would be another implementation.
+tests/rollout/conformance.py tests what every engine must do.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,22 +16,22 @@ from rlhf.errors import InputError
 from rlhf.settings import check_types
 
 EndedBy = Literal["stop", "length", "aborted"]
-"""An end token, the limit of tokens, or the engine that gave the request up."""
+"""What ended a completion: an end token, the length limit, or the engine, which gave up the request."""
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Gives the policy's weights by name, when they are wanted."""
+"""Function that returns the policy's weights by name; an engine calls it when it needs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How completions are sampled. The whole distribution softmax(logits / temperature) is used: cutting it (top-p, top-k)
-    would make the sampler another policy than the one that is trained."""
+    """How completions are sampled. Tokens are drawn from the full softmax(logits / temperature): cutting it (top-p, top-k)
+    would make the sampler a different policy from the one that is trained."""
 
     max_new_tokens: int = 64
-    """Length limit of a completion, its end-of-sequence token included."""
+    """Length limit of a completion in tokens, including its end-of-sequence token."""
     temperature: float = 1.0
-    """Divides the logits, in sampling and in scoring alike."""
+    """Divides the logits, both in sampling and in scoring."""
     completions_at_once: int = 256
-    """Completions one process samples side by side: changes memory and speed."""
+    """Completions that one process samples in parallel. Affects memory and speed only."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -42,7 +42,7 @@ class GenerationConfig:
             raise InputError(f"generation.temperature must be above 0, got {self.temperature}.")
 
     def sampling(self, end_ids: Sequence[int], *, greedy: bool = False) -> "Sampling":
-        """These settings as an engine takes them."""
+        """The `Sampling` that an engine takes, made from these settings."""
         return Sampling(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, end_ids=tuple(end_ids), greedy=greedy
         )
@@ -50,44 +50,45 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the tokens of a submission are drawn."""
+    """How the tokens of the requests passed to `submit` are drawn."""
 
     max_new_tokens: int
     temperature: float
     end_ids: tuple[int, ...]
-    """A completion ends with the first of these, which belongs to it."""
+    """A completion ends at the first of these tokens and includes it."""
     greedy: bool = False
-    """The likeliest token each time."""
+    """Take the most likely token each time."""
 
 
 class Key(NamedTuple):
-    """Names the random numbers of a completion. Equal keys and prompts give equal completions while the weights are the
-    same, so that asking again is safe; two completions of one step never share a key."""
+    """Identifies the random draws of one completion. With the same weights, equal keys and prompts give equal
+    completions, so a request can be repeated safely. No two completions of one step share a key."""
 
     seed: int
     stream: int
-    """Keeps training and evaluation apart, see core/random.py."""
+    """Separates the draws of training and evaluation, see core/random.py."""
     step: int
     slot: int
     """The place of the prompt in the global step."""
     copy: int = 0
-    """Which of the prompt's completions."""
+    """Index of the completion among those of its prompt."""
     turn: int = 0
-    """Which of the episode's completions: 0 for the first."""
+    """Index of the completion within its episode, from 0."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion is wanted of these tokens: a prompt, or everything so far when a later turn begins."""
+    """Asks for one completion of `ids`."""
 
     ids: Sequence[int]
+    """The prompt, or at a later turn all tokens so far."""
     key: Key
     max_new_tokens: int | None = None
-    """Instead of the submission's limit."""
+    """If set, replaces the limit of the `Sampling`."""
 
 
 class Span(NamedTuple):
-    """Tokens start .. end - 1 of a completion were sampled by this version of the policy: after so many updates."""
+    """Tokens start .. end - 1 of a completion were sampled by the policy after `version` updates."""
 
     version: int
     start: int
@@ -96,50 +97,53 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """What was sampled for one request."""
+    """The result of one request."""
 
     ids: list[int]
-    """Tokens, the end token included if it came."""
+    """Sampled tokens, including the end token if there is one."""
     logprobs: list[float]
     """Log-prob of each token under softmax(logits / temperature) when it was sampled."""
     ended: EndedBy
     versions: list[Span]
-    """Cover all tokens, in order."""
+    """Spans that cover all tokens, in order."""
 
 
 @dataclass(frozen=True)
 class Promises:
-    """What an engine says of itself; the learner checks the log-probs at every step."""
+    """What an engine guarantees; the learner checks the log-probs at every step."""
 
     stateless: bool
-    """A completion is a pure function of weights, prompt and key, to the bit, whatever it is sampled beside."""
+    """A completion is a pure function of weights, prompt and key, bit for bit, whatever else is in its batch."""
     exact: bool
-    """Log-probs are those of the training forward but for rounding. Otherwise they differ by the engine's precision."""
+    """Log-probs equal those of the training forward up to rounding. Otherwise they differ by the engine's precision."""
     logprob_gap: float
-    """Nats between sampling and training log-prob of one token beyond which something is wrong."""
+    """Difference between a token's sampling and training log-prob, in nats, above which something is wrong."""
 
 
 class EngineLost(RuntimeError):
-    """The engine cannot answer any more: restart it, sync it and submit again; equal keys make that safe."""
+    """The engine can no longer answer. Restart it, sync it and submit again; equal keys give equal completions."""
 
 
 class RolloutEngine(Protocol):
-    """Whoever samples completions for a policy. Every process of a run has one."""
+    """Samples completions for a policy. Every process of a run has its own."""
 
     promises: Promises
     version: int
-    """Of the policy that new requests meet: how many updates it has seen."""
+    """Number of updates of the policy that new requests are sampled from."""
 
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[Completion]]:
-        """A future for each request, in order. Raises EngineLost, or its futures do."""
+        """A future for each request, in order. Raises EngineLost, or the futures raise it."""
         ...
 
     def sync(self, weights: Weights, version: int, *, in_flight: Literal["wait", "continue"] = "wait") -> None:
-        """Sample with these weights from now on. All processes call it. in_flight: whether requests under way end first."""
+        """Sample with these weights from now on. All processes call it.
+
+        in_flight: "wait" lets running requests end first; with "continue" they go on with the new weights.
+        """
         ...
 
     def restart(self) -> None:
-        """Make a lost engine usable again; it has no weights until `sync`."""
+        """Make a lost engine usable again. It has no weights until `sync` is called."""
         ...
 
     def close(self) -> None: ...

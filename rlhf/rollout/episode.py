@@ -1,8 +1,8 @@
-"""What an engine and, between its turns, a conversation or an environment make together; and episodes as tensors.
+"""Episodes of one or several turns, and their conversion to tensors.
 
-The tokens after the prompt are sampled by the policy or inserted by somebody else (a tool's answer, a user's next turn).
-Inserted ones are *holes*: the policy reads them, but they are nothing that it did. In `Trajectories` their mask is False,
-the value that follows a sampled token is that of the next *sampled* one, and the score lies on the last sampled one.
+Each token after the prompt is either sampled by the policy or inserted (a tool's answer, a user's next turn). Inserted
+tokens are called *holes*: the policy reads them but did not choose them. In `Trajectories` their mask is False, the next
+value of a sampled token is that of the next *sampled* token, and the score is at the last sampled token.
 """
 
 from collections.abc import Sequence
@@ -18,29 +18,29 @@ from rlhf.types import Inputs
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One prompt and everything after it; lists have one entry per token of `ids`."""
+    """One prompt and all tokens after it; the lists below have one entry per token of `ids`."""
 
     prompt_ids: list[int]
     ids: list[int]
     """Every token after the prompt, sampled or inserted."""
     sampled: list[bool]
-    """Which of them the policy sampled."""
+    """Whether the policy sampled the token."""
     logprobs: list[float]
-    """Sampling log-prob of each sampled token, 0 in a hole."""
+    """Sampling log-prob of each token, 0 in a hole."""
     rewards: list[float]
-    """What was paid for each token as it came; the score of the whole episode is no part of it."""
+    """Reward given for each token; excludes the score of the whole episode."""
     ended: EndedBy
     versions: list[int]
-    """The policy's version that sampled each token; in a hole any."""
+    """Version of the policy that sampled each token; any number in a hole."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("ids", "sampled", "logprobs", "rewards", "versions")}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"An episode has one entry per token in each of its lists, got {lengths}.")
+            raise ValueError(f"Every list of an episode must have one entry per token, got the lengths {lengths}.")
 
     @classmethod
     def of_turns(cls, prompt_ids: Sequence[int], turns: Sequence[tuple[Completion, Sequence[int]]]) -> "Episode":
-        """Completions, each followed by the tokens that were inserted after it (none after the last, usually)."""
+        """An episode of completions, each paired with the tokens inserted after it (usually none after the last)."""
         ids: list[int] = []
         sampled: list[bool] = []
         logprobs: list[float] = []
@@ -71,32 +71,32 @@ class Packed(NamedTuple):
     """Episodes as right-padded tensors, (rows, time) unless said otherwise; time counts the tokens after the prompt."""
 
     inputs: Inputs
-    """Of `Policy`: input_ids (rows, width) and prompt_lengths (rows,)."""
+    """Inputs of `Policy`: input_ids (rows, width) and prompt_lengths (rows,)."""
     actions: Tensor
     mask: Tensor
     """True at sampled tokens."""
     last: Tensor
-    """True at each row's last sampled token, where the episode ends and its score lies."""
+    """True at each row's last sampled token, where the episode ends and gets its score."""
     rewards: Tensor
-    """float64; without the scores. What was paid for a hole's token lies on the sampled one before it."""
+    """float64, without the scores. The reward of a hole is moved to the sampled token before it."""
     sampling_logprobs: Tensor
     """float64"""
     versions: Tensor
     terminated: Tensor
-    """As `last`, where an end token came."""
+    """True where `last` is, if the episode ended with an end token."""
     row_tokens: Tensor
-    """(rows,): prompt and everything after it."""
+    """(rows,): number of tokens, prompt included."""
 
 
 def pack(episodes: Sequence[Episode], device: torch.device) -> Packed:
-    """Masks come from what was sampled, never from token ids: an end token counts, and may also be the pad token."""
+    """Episodes as tensors. Masks come from `sampled`, never from token ids: an end token may also be the pad token."""
     inputs = {
         "input_ids": _right_pad([e.prompt_ids + e.ids for e in episodes], device),
         "prompt_lengths": torch.tensor([len(e.prompt_ids) for e in episodes], device=device),
     }
     mask = _right_pad([e.sampled for e in episodes], device, torch.bool)
     lengths = torch.tensor([len(e.ids) for e in episodes], device=device)
-    later = mask.flip(1).cumsum(1).flip(1) - mask.long()  # sampled tokens after each
+    later = mask.flip(1).cumsum(1).flip(1) - mask.long()  # number of sampled tokens after each place
     last = mask & (later == 0)
     return Packed(
         inputs=inputs,
@@ -112,10 +112,10 @@ def pack(episodes: Sequence[Episode], device: torch.device) -> Packed:
 
 
 def next_sampled(values: Tensor, mask: Tensor) -> Tensor:
-    """At each place the value at the next place where `mask` is True, 0 if there is none; (rows, time) both.
+    """At each place, the value at the next place where `mask` is True, or 0 if there is none. Both (rows, time).
 
-    With V of the state before each token this is the value of what truly follows a sampled token: across a hole, V before
-    the next sampled one, which has read the hole.
+    values[t] is V of the state before token t. So for a sampled token this is V before the next sampled token: behind a
+    hole, V of the state that includes the hole.
     """
     time = mask.shape[1]
     places = torch.where(mask, torch.arange(time, device=mask.device), time)
@@ -126,8 +126,9 @@ def next_sampled(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _on_sampled(rewards: list[float], sampled: list[bool]) -> list[float]:
-    """Rewards paid for holes, such as a tool's verdict, moved to the sampled token that brought them about."""
-    moved, place = [0.0] * len(rewards), sampled.index(True) if True in sampled else 0
+    """Move the rewards of holes, such as a tool's verdict, to the sampled token before them (or else the first)."""
+    moved = [0.0] * len(rewards)
+    place = sampled.index(True) if True in sampled else 0
     for at, (reward, own) in enumerate(zip(rewards, sampled, strict=True)):
         place = at if own else place
         moved[place] += reward

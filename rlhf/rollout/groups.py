@@ -1,7 +1,7 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a source that samples on until groups tell something.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a source that samples until enough groups are informative.
 
-Groups whose verdicts are all equal teach nothing, so further prompts are sampled until there are enough of the others, or
-the rounds are used up. Every process chooses the same.
+A group whose verdicts are all equal is not informative: its advantages are 0. So further prompts are sampled until there
+are enough informative groups, or the rounds are used up. Every process chooses the same groups.
 """
 
 import math
@@ -19,12 +19,14 @@ from rlhf.training.source import Collected
 
 
 class DynamicSampling:
-    """A `Source` around one of prompts: up to `rounds` rounds of sampling in a step."""
+    """A `Source` that wraps a `PromptSource` and samples up to `rounds` times in a step."""
 
     def __init__(self, source: PromptSource, *, rounds: int) -> None:
-        """source: must have a verdict, by which groups are compared."""
-        assert source.verdict is not None, "dynamic sampling compares verdicts"
-        self.source, self.rounds, self.verdict = source, rounds, source.verdict
+        """source: must have a verdict, the reward by which groups count as informative."""
+        assert source.verdict is not None, "dynamic sampling needs a verdict"
+        self.source = source
+        self.rounds = rounds
+        self.verdict = source.verdict
 
     def collect(self, step: int) -> Collected:
         source = self.source
@@ -54,12 +56,12 @@ class PromptGroup:
     slot: int
     """The prompt's place among those sampled for this step."""
     informative: bool
-    """Its verdicts differ."""
+    """Whether its verdicts differ."""
     sampled: Sampled
 
 
 def split_groups(sampled: Sampled, size: int, verdict: str) -> list[PromptGroup]:
-    """The groups of `size` adjacent completions; `verdict` names the reward whose scores are compared."""
+    """Split into groups of `size` adjacent completions; `verdict` names the reward whose scores are compared."""
     informative = ~equal_groups(*verdict_scores(sampled, verdict, size))
     return [
         PromptGroup(
@@ -70,9 +72,9 @@ def split_groups(sampled: Sampled, size: int, verdict: str) -> list[PromptGroup]
 
 
 def verdict_scores(sampled: Sampled, verdict: str, size: int) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """Scores of one reward (0 where it abstained), the group's size, and where there is a score: for `equal_groups`."""
+    """Arguments of `equal_groups`: scores of one reward (0 if it abstained), group size, and where a score exists."""
     scores = sampled.rewards.per_function[verdict]
-    said = torch.tensor([score is not None for score in scores], dtype=torch.bool)  # none at all is no float either
+    said = torch.tensor([score is not None for score in scores], dtype=torch.bool)  # an empty list would give float
     return torch.tensor([score or 0.0 for score in scores], dtype=torch.float64), size, said
 
 
@@ -85,12 +87,23 @@ def sample_informative(
     verdict: str,
     distributed: Distributed,
 ) -> tuple[Sampled, list[Sampled], int]:
-    """This process's share of `count` groups, informative ones first; all it sampled; and the prompts used by all.
+    """Sample round after round until `count` groups are informative.
 
-    sample(first, number): this process's share of `number` prompts, those after the first `first` of the step; it may be
-    empty. The first round asks for `count`; later ones for as many as the share of informative groups so far makes
-    necessary, whatever the number of processes. After the last round groups of equal verdicts fill what is missing, so
-    that every step has the same size.
+    The first round samples `count` prompts. Later rounds sample as many as the share of informative groups so far makes
+    necessary, whatever the number of processes. Groups still missing after the last round are replaced by groups of
+    equal verdicts, so that every step has the same size.
+
+    Args:
+        sample: sample(first, number) gives this process's share of `number` prompts, those after the first `first` of
+            the step; it may be empty.
+        count: groups needed, over all processes.
+        rounds: maximum number of rounds.
+        size: completions per group.
+        verdict: name of the reward whose scores are compared.
+        distributed: the process group.
+
+    Returns:
+        This process's share of the chosen groups; all that it sampled; and the number of prompts used by all processes.
     """
     groups: list[PromptGroup] = []
     sampled: list[Sampled] = []
@@ -108,7 +121,7 @@ def sample_informative(
 
 
 def _share(groups: list[PromptGroup], count: int, size: int, distributed: Distributed) -> Sampled:
-    """The first `count` groups, informative ones first, dealt out evenly to the processes whoever sampled them."""
+    """This process's even share of the first `count` groups, informative ones first, whichever process sampled them."""
     order = sorted(distributed.gather_objects([(not g.informative, g.slot) for g in groups]))[:count]
     chosen = {slot for _, slot in order}
     everyone = distributed.gather_objects([g for g in groups if g.slot in chosen])

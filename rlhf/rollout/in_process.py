@@ -1,7 +1,7 @@
-"""The engine that is the training model itself: a KV cache, one prefill per prompt, ended rows dropped.
+"""The engine that samples with the training model itself: KV cache, one prefill per prompt, ended rows are dropped.
 
 Every draw is a pure function of its key (seed, stream, step, prompt slot, completion, turn) and position, so a completion
-does not depend on the batch, the process or the history in which it is sampled; log-probs come from the pass that sampled.
+does not depend on its batch, its process or earlier draws. Log-probs come from the forward pass that sampled the token.
 """
 
 from collections.abc import Sequence
@@ -21,42 +21,47 @@ from rlhf.models.policy import Policy
 from rlhf.rollout.engine import Completion, Key, Promises, Request, Sampling, Span, Weights
 
 EXACT = Promises(stateless=True, exact=True, logprob_gap=0.01)
-"""Arithmetic in float32 or wider: a hundred times the rounding error seen with peaked distributions."""
+"""For arithmetic in float32 or wider. The gap is 100 times the rounding error observed with peaked distributions."""
 ROUGH = Promises(stateless=True, exact=False, logprob_gap=1.0)
-"""Arithmetic in bfloat16 or TensorFloat32, which rounds differently in prefill, decoding and training: about 0.05 nats for
-a small model, more for unlikely tokens of a large one."""
+"""For arithmetic in bfloat16 or TensorFloat32, which rounds differently in prefill, decoding and training: by about
+0.05 nats with a small model, more for unlikely tokens of a large one."""
 LARGEST_TURN = 2**20
-"""Positions that each turn has for itself among the random numbers."""
+"""Random-number counters reserved for each turn, one per token position."""
 
 
 class _Group(NamedTuple):
-    """Requests for several completions of one prompt."""
+    """Requests for completions of one prompt."""
 
     ids: Sequence[int]
     requests: list[Request]
 
 
 class InProcessEngine:
-    """Samples with the policy in this process; a `RolloutEngine` that is always in sync."""
+    """A `RolloutEngine` that samples with the policy in this process and therefore always has its current weights."""
 
     def __init__(self, policy: Policy, distributed: Distributed, *, completions_at_once: int = 256) -> None:
-        """distributed: says in which precision the policy computes. completions_at_once: changes memory and speed.
+        """distributed: gives the precision and device of the policy. completions_at_once: completions sampled in
+        parallel; affects memory and speed only.
 
-        InputError if the model's cache cannot be shared by the completions of a prompt.
+        Raises InputError if the completions of a prompt cannot share the model's cache.
         """
         check_cache(policy.lm)
-        self.policy, self.distributed, self.completions_at_once = policy, distributed, completions_at_once
+        self.policy = policy
+        self.distributed = distributed
+        self.completions_at_once = completions_at_once
         full = distributed.precision == "float32" and not _multiplies_in_tf32(distributed.device)
-        self.promises, self.version = EXACT if full else ROUGH, 0
+        self.promises = EXACT if full else ROUGH
+        self.version = 0
 
     @torch.no_grad()
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[Completion]]:
-        """Samples now. Adjacent requests that differ in their key's `copy` alone share one prefill."""
+        """Samples before it returns. Adjacent requests whose keys differ only in `copy` share one prefill."""
         groups = [_Group(members[0].ids, members) for members in _adjacent(requests)]
         futures: list[Future[Completion]] = []
         with self.distributed.autocast():
             for size, alike in groupby(groups, key=lambda group: len(group.requests)):
-                of_size, at_once = list(alike), max(1, self.completions_at_once // size)
+                of_size = list(alike)
+                at_once = max(1, self.completions_at_once // size)
                 for start in range(0, len(of_size), at_once):
                     for completion in self._sample(of_size[start : start + at_once], sampling):
                         futures.append(Future())
@@ -70,15 +75,16 @@ class InProcessEngine:
     def close(self) -> None: ...
 
     def _sample(self, groups: list[_Group], sampling: Sampling) -> list[Completion]:
-        """One batch: groups of one size."""
-        lm, size = self.policy.lm, len(groups[0].requests)
+        """Sample one batch. All groups have the same number of requests."""
+        lm = self.policy.lm
+        size = len(groups[0].requests)
         device = lm.device
         requests = [request for group in groups for request in group.requests]
         limits = [request.max_new_tokens or sampling.max_new_tokens for request in requests]
         draws = _Draws([request.key for request in requests], device)
         ids, attention = left_pad([group.ids for group in groups], device)
         cache = DynamicCache(config=lm.config)
-        positions = (attention.cumsum(-1) - 1).clamp(min=0)  # absolute positions must not count the padding
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)  # position ids must not count the padding
         outputs = self.policy.decode(
             input_ids=ids,
             attention_mask=attention,
@@ -97,7 +103,7 @@ class InProcessEngine:
             goes_on = found.add(chosen, token_logprobs(logits, chosen, temperature=sampling.temperature))
             if not len(found.alive):
                 return found.completions(self.version)
-            if len(found.alive) < len(chosen):  # rows that ended leave the cache and cost nothing more
+            if len(found.alive) < len(chosen):  # drop ended rows from the cache to save compute
                 cache.batch_select_indices(goes_on)
                 chosen, attention, position = (x[goes_on] for x in (chosen, attention, position))
             attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
@@ -108,50 +114,60 @@ class InProcessEngine:
                 past_key_values=cache,
                 use_cache=True,
             )
-            logits, position = outputs.logits[:, -1], position + 1
+            logits = outputs.logits[:, -1]
+            position = position + 1
 
 
 class _Draws:
-    """The random numbers of a batch's rows."""
+    """Random draws for the rows of a batch."""
 
     def __init__(self, keys: Sequence[Key], device: torch.device) -> None:
         streams = {(key.seed, key.stream) for key in keys}
         if len(streams) > 1:
-            raise ValueError("The requests of one submission must share seed and stream: submit the others apart.")
+            raise ValueError("The requests of one submission must share seed and stream: submit the others separately.")
         self.seed, self.stream = streams.pop()
 
         def column(values: list[int]) -> Tensor:
             return torch.tensor(values, device=device)
 
-        self.step, self.slot = column([key.step for key in keys]), column([key.slot for key in keys])
-        self.copy, self.start = column([key.copy for key in keys]), column([key.turn * LARGEST_TURN for key in keys])
+        self.step = column([key.step for key in keys])
+        self.slot = column([key.slot for key in keys])
+        self.copy = column([key.copy for key in keys])
+        self.start = column([key.turn * LARGEST_TURN for key in keys])
 
     def sample(self, logits: Tensor, found: "_Found", temperature: float) -> Tensor:
-        """The next token of each row that goes on."""
+        """Draw the next token of each row that has not ended."""
         rows = found.alive
         counters = (self.start[rows] + found.length, self.copy[rows], self.slot[rows], self.step[rows])
         return invert_cdf(logits, uniform(self.seed, self.stream, *counters), temperature=temperature)
 
 
 class _Found:
-    """What was sampled so far, row by row."""
+    """The tokens and log-probs sampled so far, row by row."""
 
     def __init__(self, limits: Sequence[int], end_ids: Sequence[int], logits: Tensor) -> None:
-        device, rows, longest = logits.device, len(limits), max(limits)
+        device = logits.device
+        rows = len(limits)
+        longest = max(limits)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        self.limits, self.end_ids = torch.tensor(limits, device=device), torch.tensor(list(end_ids), device=device)
+        self.limits = torch.tensor(limits, device=device)
+        self.end_ids = torch.tensor(list(end_ids), device=device)
         self.tokens = torch.zeros(rows, longest, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, longest, dtype=wide, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         self.alive = torch.arange(rows, device=device)
-        """The rows that go on."""
+        """Indices of the rows that have not ended."""
         self.length = 0
+        """Tokens sampled so far in each of those rows."""
 
     def add(self, chosen: Tensor, logprobs: Tensor) -> Tensor:
-        """The next token of each row that goes on; the places, among these, of those that go on after it."""
-        rows, place = self.alive, self.length
-        self.tokens[rows, place], self.logprobs[rows, place] = chosen, logprobs
+        """Store the next token of each row in `alive`, and drop the rows that end. Returns the indices, within the
+        previous `alive`, of the rows that remain."""
+        rows = self.alive
+        place = self.length
+        self.tokens[rows, place] = chosen
+        self.logprobs[rows, place] = logprobs
         self.length = place + 1
         self.lengths[rows] = self.length
         stops = torch.isin(chosen, self.end_ids)
@@ -169,7 +185,7 @@ class _Found:
 
 
 def _adjacent(requests: Sequence[Request]) -> list[list[Request]]:
-    """Requests for completions of one prompt, which differ in their key's copy alone, as long as they are adjacent."""
+    """Group adjacent requests that have the same prompt and whose keys differ only in `copy`."""
     members = groupby(requests, key=lambda request: (tuple(request.ids), request.key._replace(copy=0)))
     return [list(group) for _, group in members]
 
@@ -179,7 +195,7 @@ def _multiplies_in_tf32(device: torch.device) -> bool:
 
 
 def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), (rows, longest) int64 each: every prompt ends in the last column."""
+    """(ids, attention mask), each int64 of shape (rows, longest prompt); every prompt ends in the last column."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -187,10 +203,10 @@ def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 
 
 def check_cache(lm: PreTrainedModel) -> None:
-    """Ended rows leave the cache and one prefill serves several completions: every layer's cache must allow it."""
+    """Raise InputError unless the cache of every layer can drop ended rows and share one prefill among completions."""
     layers = DynamicCache(config=lm.config).layers
     if getattr(lm, "_is_stateful", False) or not all(hasattr(layer, "batch_select_indices") for layer in layers):
         raise InputError(
-            f"policy: {type(lm).__name__} keeps a recurrent state, which generation here cannot share or drop by rows. "
+            f"policy: {type(lm).__name__} keeps a recurrent state, which completions cannot share or drop row by row. "
             "Use a model with attention in every layer."
         )

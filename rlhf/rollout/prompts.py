@@ -1,4 +1,4 @@
-"""Prompts as a source of trajectories: an engine completes them, rewards score them, the training forward reads them."""
+"""Trajectories from prompts: an engine completes them, rewards score them, the training forward adds log-probs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from rlhf.training.source import Collected
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Prompts -> episodes of one completion each, and their scores."""
+    """Samples and scores completions: prompts -> episodes of one completion each, with their scores."""
 
     engine: RolloutEngine
     rewards: Rewards
@@ -27,9 +27,9 @@ class Sampler:
     sampling: Sampling
     seed: int
     max_steps: int = 0
-    """Steps of the run, which reward functions are told."""
+    """Number of steps of the run, passed to the reward functions."""
     allow_unscored: bool = False
-    """An episode on which every reward function abstains is left out of learning, instead of an error."""
+    """Leave an episode out of learning if every reward function abstains on it, instead of raising an error."""
 
     def __call__(
         self,
@@ -41,10 +41,15 @@ class Sampler:
         stream: int = SAMPLING,
         drawn_as: int | None = None,
     ) -> Sampled:
-        """`copies` episodes of each of this process's prompts.
+        """Sample `copies` episodes of each prompt and score them.
 
-        slots: the place of each prompt in the global step. stream: keeps the draws of training and evaluation apart.
-        drawn_as: the step that names the draws, if it is another one.
+        Args:
+            prompts: this process's prompts; may be empty.
+            slots: the place of each prompt in the global step.
+            step: the training step, as reward functions see it.
+            copies: completions per prompt.
+            stream: random stream; training and evaluation use different ones.
+            drawn_as: the step that keys the random draws, if it is not `step`.
         """
         if not prompts:
             return no_episodes(self.rewards.names)
@@ -56,7 +61,8 @@ class Sampler:
         ]
         completions = [future.result() for future in self.engine.submit(requests, self.sampling)]
         repeated = [prompt for prompt in prompts for _ in range(copies)]
-        texts, ids = [prompt.prompt for prompt in repeated], [completion.ids for completion in completions]
+        texts = [prompt.prompt for prompt in repeated]
+        ids = [completion.ids for completion in completions]
         rewards = self.rewards(
             prompts=texts,
             completions=completion_texts(texts, ids, self.tokenizer),
@@ -75,7 +81,7 @@ class Sampler:
 
 
 class PromptSource:
-    """A `Source` that takes the data set's prompts in an order decided by the seed, and completes each of them alike."""
+    """A `Source` that takes prompts from the data set, in an order set by the seed, and samples completions of them."""
 
     def __init__(
         self,
@@ -91,12 +97,30 @@ class PromptSource:
         verdict: str | None = None,
         log_completions: int = 0,
     ) -> None:
-        """Sizes are global. missing_eos: see `final_scores`. verdict: the reward that says whether a completion is right;
-        lengths are then told by it. log_completions: how many are put before people."""
-        self.data, self.sampler, self.scorer, self.distributed = data, sampler, scorer, distributed
-        self.prompts_per_step, self.completions_per_prompt = prompts_per_step, completions_per_prompt
-        self.missing_eos, self.missing_eos_value = missing_eos, missing_eos_value
-        self.verdict, self.log_completions = verdict, log_completions
+        """
+        Args:
+            data: the prompts to train on.
+            sampler: samples and scores the completions.
+            scorer: computes log-probs and values of the sampled episodes.
+            distributed: the process group.
+            prompts_per_step: prompts per step over all processes.
+            completions_per_prompt: completions per prompt.
+            missing_eos: how to change the score of a completion without an end token, see `final_scores`.
+            missing_eos_value: `value` in `final_scores`.
+            verdict: name of the reward that says whether a completion is right (above 0); completion lengths are then
+                also reported by verdict.
+            log_completions: how many completions to write to completions.jsonl.
+        """
+        self.data = data
+        self.sampler = sampler
+        self.scorer = scorer
+        self.distributed = distributed
+        self.prompts_per_step = prompts_per_step
+        self.completions_per_prompt = completions_per_prompt
+        self.missing_eos = missing_eos
+        self.missing_eos_value = missing_eos_value
+        self.verdict = verdict
+        self.log_completions = log_completions
         self.cursor = 0
         """Prompts drawn from the data set so far."""
         self._began = (-1, 0)  # the last step that drew prompts, and the cursor before it
@@ -106,7 +130,7 @@ class PromptSource:
         return self.collected(step, sampled, [sampled], self.prompts_per_step)
 
     def sample(self, step: int, first: int, count: int) -> Sampled:
-        """This process's share of the step's prompts first .. first + count - 1, completed and scored; may be empty."""
+        """Complete and score this process's share of the step's prompts first .. first + count - 1; it may be empty."""
         prompts, slots = self.draw(step, first, count)
         return self.sampler(prompts, slots, step=step, copies=self.completions_per_prompt)
 
@@ -119,7 +143,11 @@ class PromptSource:
         return [self.data[indices[i]] for i in mine], [first + i for i in mine]
 
     def collected(self, step: int, chosen: Sampled, sampled: Sequence[Sampled], used: int) -> Collected:
-        """The episodes to learn from, with the metrics of all that were sampled for the step, from `used` prompts."""
+        """Build the result of a step, for the learner, and advance the cursor by `used`.
+
+        chosen: the episodes to learn from. sampled: all episodes of the step, from which metrics are computed. used: number
+        of prompts that the step took from the data set, over all processes.
+        """
         metrics = rollout_metrics(sampled, self.sampler.rewards.names, self.distributed)
         if self.verdict is not None:
             metrics |= length_metrics(sampled, self.verdict, self.distributed)
@@ -150,9 +178,21 @@ def evaluate(
     step: int,
     drawn_as: int = 0,
 ) -> tuple[Sampled, dict[str, float]]:
-    """One sampled completion for each of the `rows` of `data` that this process takes, and their metrics, global.
+    """Sample one completion of each prompt of `rows` and score it.
 
-    The same random draws every time (`drawn_as` names others). The KL is that of the policy to the scorer's reference.
+    With the same `drawn_as`, every evaluation uses the same random draws.
+
+    Args:
+        data: the data set.
+        rows: indices into `data` of this process's prompts.
+        sampler: samples and scores the completions.
+        scorer: if it has a reference policy, "reward_kl" is the KL from the policy to that reference.
+        distributed: the process group, over which metrics are averaged.
+        step: the training step, as reward functions and errors name it.
+        drawn_as: the step that keys the random draws.
+
+    Returns:
+        This process's completions, and the metrics over all processes.
     """
     sampled = sampler([data[i] for i in rows], rows, step=step, stream=EVALUATION, drawn_as=drawn_as)
     metrics = rollout_metrics([sampled], sampler.rewards.names, distributed)

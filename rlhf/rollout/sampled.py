@@ -1,4 +1,4 @@
-"""Episodes of a step with what the rewards said of them, and the numbers that are told of them."""
+"""The sampled episodes of a step with their rewards, and the metrics computed from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +19,11 @@ MissingEOS = Literal["keep", "replace", "subtract"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """One process's episodes of a step, those of one prompt adjacent; lists have one entry per episode."""
+    """One process's episodes of a step; those of one prompt are adjacent. Lists have one entry per episode."""
 
     prompts: list[Prompt]
     row_index: list[int]
-    """The place of each episode in the global batch, whichever process sampled it."""
+    """Row of each episode in the global batch."""
     episodes: list[Episode]
     rewards: RewardResult
 
@@ -49,13 +49,13 @@ class Sampled:
 
 
 def no_episodes(reward_names: Sequence[str]) -> Sampled:
-    """What a process without a prompt has."""
+    """The empty `Sampled` of a process that has no prompts."""
     rewards = RewardResult(scores=[], per_function={name: [] for name in reward_names}, totals={})
     return Sampled(prompts=[], row_index=[], episodes=[], rewards=rewards)
 
 
 def joined(parts: Sequence[Sampled], first_row: int) -> Sampled:
-    """The parts as one; its rows are numbered from `first_row` on."""
+    """Concatenate the parts; rows of the result are numbered from `first_row` on."""
     rewards = [part.rewards for part in parts]
 
     def of(lists: Sequence[Sequence[Any]]) -> list[Any]:
@@ -81,8 +81,11 @@ def joined(parts: Sequence[Sampled], first_row: int) -> Sampled:
 
 
 def final_scores(sampled: Sampled, missing_eos: MissingEOS, value: float) -> list[float | None]:
-    """Scores with episodes that were cut by the length limit treated as asked: "keep" the score, "replace" it by `value`
-    (N+ detail 23: -1), or "subtract" `value` from it (TRL's missing_eos_penalty). None: there is no score."""
+    """Scores of the episodes, changed by `missing_eos` for those without an end token.
+
+    "keep" leaves such a score, "replace" sets it to `value` (N+ detail 23: -1), "subtract" subtracts `value` from it
+    (TRL's missing_eos_penalty). None: the episode has no score.
+    """
 
     def final(score: float | None, episode: Episode) -> float | None:
         if episode.ended == "stop" or missing_eos == "keep":
@@ -97,29 +100,33 @@ def final_scores(sampled: Sampled, missing_eos: MissingEOS, value: float) -> lis
 def rollout_metrics(
     sampled: Sequence[Sampled], reward_names: Sequence[str], distributed: Distributed
 ) -> dict[str, float]:
-    """What the episodes show before anything is learnt from them; global."""
-    sums, totals = MetricSums(), [part.rewards.totals for part in sampled]
+    """Metrics of the rollout, before the update, over all processes."""
+    sums = MetricSums()
+    totals = [part.rewards.totals for part in sampled]
     for part in sampled:
         scores = [score for score in part.rewards.scores if score is not None]
         sums.add(_mean("score", scores) | _mean("score_std", [s * s for s in scores]))
         sums.add(_mean("completion_length", [len(episode.ids) for episode in part.episodes]))
         sums.add(_mean("truncated_fraction", [episode.ended != "stop" for episode in part.episodes]))
     own = [name for total in totals for name in total]
-    for name in sorted(set(distributed.gather_objects(own))):  # a function may log one on one process only
+    for name in sorted(set(distributed.gather_objects(own))):  # a metric may be logged on some processes only
         pairs = [total.get(name, (0.0, 0.0)) for total in totals]
         sums.add({name: (_number(sum(t for t, _ in pairs)), _number(sum(n for _, n in pairs)))})
     metrics = sums.reduce(distributed.all_sum)
     if "score" not in metrics:
         raise InputError(
-            f"No completion of this step has a score: {', '.join(reward_names)} returned None for every row. Let "
-            "a reward function return numbers."
+            f"No completion of this step has a score: {', '.join(reward_names)} returned None for every row. At "
+            "least one reward function must return numbers."
         )
     metrics["score_std"] = deviation(metrics["score_std"], metrics["score"])
     return deviations(metrics)
 
 
 def length_metrics(sampled: Sequence[Sampled], verdict: str, distributed: Distributed) -> dict[str, float]:
-    """Lengths of the step's completions in tokens: the extremes, of those that ended, and by verdict."""
+    """Completion lengths of the step over all processes, in tokens.
+
+    Minimum, maximum, and means over the completions that ended, that are right and that are wrong (by `verdict`).
+    """
     mine = [
         (len(episode.ids), episode.ended == "stop", score)
         for part in sampled
@@ -137,7 +144,7 @@ def length_metrics(sampled: Sequence[Sampled], verdict: str, distributed: Distri
 
 
 def lines(sampled: Sampled, count: int, tokenizer: Any) -> list[dict[str, Any]]:
-    """The first episodes as lines of completions.jsonl; "row" is the row in the global batch."""
+    """The first `count` episodes as lines of completions.jsonl; "row" is the row in the global batch."""
     rows = range(min(count, len(sampled.episodes)))
     texts = tokenizer.batch_decode([sampled.episodes[row].ids for row in rows])
     rewards = sampled.rewards
@@ -155,13 +162,13 @@ def lines(sampled: Sampled, count: int, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def with_advantages(samples: Sequence[Mapping[str, Any]], advantages: Tensor) -> list[dict[str, Any]]:
-    """`lines` with the advantage that each got in place of its row; advantages: (rows,) of the global batch."""
+    """`samples` with "row" replaced by the advantage of that row. advantages: (rows,) of the global batch."""
     rows = [dict(sample) for sample in samples]
     return [row | {"advantage": advantages[row.pop("row")].item()} for row in rows]
 
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """`values` as a (sum, count) pair to be added over processes."""
+    """`values` as a (sum, count) pair, which can be added over processes."""
     return {name: (_number(sum(values)), _number(len(values)))}
 
 

@@ -1,4 +1,4 @@
-"""Episodes and their scores -> `Trajectories`: one pass of the training forward over what was sampled."""
+"""Turns episodes and their scores into `Trajectories`, with one pass of the training forward over the episodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +15,23 @@ from rlhf.types import PolicyOutputs, Trajectories
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Fills old log-probs, values and reference log-probs with the present weights of policy and reference."""
+    """Computes old log-probs, values and reference log-probs with the current weights of policy and reference."""
 
     policy: Policy
     reference: Policy | None
     microbatch_tokens: int
-    """About how many tokens are computed at once."""
+    """About how many tokens one forward pass takes."""
     distributed: Distributed
 
     @torch.no_grad()
     def __call__(
         self, episodes: Sequence[Episode], scores: Sequence[float | None], row_index: Sequence[int], *, step: int
     ) -> Trajectories:
-        """scores, row_index: of each episode its score (None: it has none) and its row in the global batch.
+        """scores: one per episode; None: it has none. row_index: row of each episode in the global batch.
 
-        The score lies on the last sampled token, where the episode ends: terminated by an end token, or cut, after which
-        nothing is expected either (V = 0). TrainingError if a number is not finite, naming `step` and the row.
+        The score is added to the reward of the last sampled token, where the episode ends. The next value there is 0,
+        whether an end token ended the episode or it was cut. Raises TrainingError, naming `step` and the row, if a number
+        is not finite.
         """
         device = self.distributed.device
         packed = pack(episodes, device)
@@ -63,7 +64,7 @@ class Scorer:
         return trajectories
 
     def _forward(self, policy: Policy, packed: Packed) -> PolicyOutputs:
-        """`policy` over all rows, about `microbatch_tokens` at a time, longest first; 0 where the mask is False."""
+        """Run `policy` on all rows, about `microbatch_tokens` at a time, longest first; 0 where the mask is False."""
         order = packed.row_tokens.argsort(descending=True, stable=True)
         pieces: list[PolicyOutputs] = []
         for rows in order.split(max(1, self.microbatch_tokens // int(packed.row_tokens.max()))):
@@ -79,7 +80,7 @@ class Scorer:
 
 
 def check_finite(trajectories: Trajectories, step: int) -> None:
-    """Name the first completion whose numbers are not finite, before anything is learnt from it."""
+    """Raise TrainingError, naming the first completion with a number that is not finite, before the update."""
     for name in ("rewards", "sampling_logprobs", "old_logprobs", "ref_logprobs", "values"):
         tensor = getattr(trajectories, name)
         if tensor is not None and not torch.isfinite(tensor).all():

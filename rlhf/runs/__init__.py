@@ -1,1 +1,1 @@
-"""What a run leaves on the disk, and how it goes on."""
+"""A run's files on disk, its checkpoints, and how it resumes."""

@@ -1,13 +1,13 @@
-"""What a user's code may do during a run."""
+"""Callbacks: hooks through which a user's code takes part in a run."""
 
 from typing import Any
 
 
 class Callback:
-    """Hooks of a run; override what you need. Set `trainer.should_stop = True` to end after the current step.
+    """Hooks of a run; override those you need. Set `trainer.should_stop = True` to end the run after the current step.
 
-    trainer: the object that trains (`rlhf.Trainer`; on control tasks `gym_baselines.train.Training`). metrics: a copy of
-    the step's line in metrics.jsonl. Hooks are called on every process.
+    trainer: the object that runs the training (`rlhf.Trainer`, or `gym_baselines.train.Training` on control tasks).
+    metrics: a copy of the step's line in metrics.jsonl. Every process calls the hooks.
     """
 
     def on_train_start(self, trainer: Any) -> None: ...

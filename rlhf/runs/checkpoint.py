@@ -1,10 +1,10 @@
-"""One checkpoint on disk: its files and the manifest that vouches for them.
+"""One checkpoint on disk: its files, and the manifest with which they are verified.
 
     step-000123/policy.safetensors, optimizer.safetensors, ...   one file per group of tensors
                /state.json                                       everything that is not a tensor
                /MANIFEST.json                                    written last: size and sha256 of every other file
 
-Only safetensors and JSON are read, never a pickle: a checkpoint cannot run code.
+Only safetensors and JSON are read, never a pickle, so loading a checkpoint cannot run code.
 """
 
 import hashlib
@@ -33,33 +33,33 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True)
 class Saved:
-    """The state of one part of a run: numbers and text that JSON gives back unchanged, and groups of named tensors."""
+    """The state of one part of a run: values that survive a round trip through JSON, and groups of named tensors."""
 
     values: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Group -> name -> tensor; a group is a file of the checkpoint, so no two parts of a run share a name."""
+    """Group -> name -> tensor. Each group is a file of the checkpoint, so parts of a run must not share group names."""
 
 
 class Part(Protocol):
-    """A part of a run that checkpoints hold: the learner, the source."""
+    """A part of a run whose state is saved in checkpoints: the learner, the source."""
 
     def state(self, step: int) -> Saved | None:
-        """What it takes to go on with step `step` when all before it are done; None if this part is elsewhere, such as in
-        the middle of an update. Every process calls it."""
+        """The state from which to continue with step `step`, after all earlier steps; None if this part is not at that
+        point, for example in the middle of an update. Every process calls it."""
         ...
 
     def load(self, saved: Saved) -> None:
-        """Go on from there."""
+        """Restore the state."""
         ...
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint whose files are not, to the byte, those that were written."""
+    """A checkpoint whose files differ from those that were written, or are missing."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One verified checkpoint. Tensors are read when asked for, so that no more than one group is in memory twice."""
+    """One verified checkpoint. Tensors are read on demand, so that at most one group is in memory twice."""
 
     path: Path
     step: int
@@ -71,18 +71,22 @@ class Checkpoint:
         """The tensors saved under `group`, by name."""
         name = f"{group}.safetensors"
         if name not in self.files:  # a file that the manifest does not list was not verified
-            raise InputError(f"{self.path} has no {name}: it was written by a run with other parts.")
+            raise InputError(
+                f"{self.path} has no {name}: it belongs to another kind of run. Resume from one of this kind."
+            )
         return load_file(self.path / name, device=str(device))
 
     def part(self, name: str) -> Saved:
-        """What was saved of that part; its tensors are read when asked for."""
+        """The saved state of the part `name`; its tensors are read on demand."""
         if name not in self.state:
-            raise InputError(f"{self.path} holds no {name!r}: it was written by a run with other parts.")
+            raise InputError(
+                f"{self.path} has no {name!r}: it belongs to another kind of run. Resume from one of this kind."
+            )
         return Saved(self.state[name], _Groups(self))
 
 
 class _Groups(Mapping[str, Mapping[str, Tensor]]):
-    """The groups of tensors of a checkpoint."""
+    """The groups of tensors of a checkpoint, by name; each is read on demand."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -98,7 +102,10 @@ class _Groups(Mapping[str, Mapping[str, Tensor]]):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Verify the manifest against itself and every file against it. Raises DamagedCheckpoint naming the bad file."""
+    """Verify the manifest's own checksum, then every file against the manifest.
+
+    Raises DamagedCheckpoint, naming the bad file, or InputError if another version wrote the checkpoint.
+    """
     try:
         raw = (path / MANIFEST).read_bytes()
         body = {key: value for key, value in json.loads(raw).items() if key != "sha256"}
@@ -113,13 +120,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if found != FORMAT:
         raise InputError(f"{path} has {found}, this version reads {FORMAT}. Use the version that wrote it.")
     if STEP_NAME.fullmatch(path.name) and path.name != step_name(step):
-        raise DamagedCheckpoint(f"{path / MANIFEST} belongs to step {step}: the directory was renamed")
+        raise DamagedCheckpoint(f"{path / MANIFEST} belongs to step {step}: its directory was renamed")
     for name, expected in files.items():
         file = path / name
         if not _PLAIN_NAME.fullmatch(name) or file.is_symlink() or not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing or not a plain file")
         if file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
-            raise DamagedCheckpoint(f"{file} is not what was written (its size or sha256 differs)")
+            raise DamagedCheckpoint(f"{file} differs from the file that was written (in size or sha256)")
     return Checkpoint(path, step, json.loads((path / STATE_FILE).read_bytes()), config, frozenset(files))
 
 
@@ -128,7 +135,7 @@ def step_name(step: int) -> str:
 
 
 def write_files(path: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], text: str) -> None:
-    """Fill the new directory `path` with everything but the manifest."""
+    """Create the directory `path` and write all files of the checkpoint except the manifest."""
     names = [f"{group}.safetensors" for group in tensors] + [STATE_FILE]
     bad = [name for name in names if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST or names.count(name) > 1]
     if bad:
@@ -140,7 +147,7 @@ def write_files(path: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor
 
 
 def seal(path: Path, step: int, config: Mapping[str, Any]) -> None:
-    """Flush every file of `path` to the disk, then write the manifest over them, last."""
+    """Flush every file in `path` to disk, then write the manifest that lists them."""
     flush_directory(path)
     files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in path.iterdir()}
     write_file(path / MANIFEST, _manifest_bytes({**FORMAT, "step": step, "files": files, "config": config}))
@@ -148,7 +155,7 @@ def seal(path: Path, step: int, config: Mapping[str, Any]) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a new file and flush it to the disk."""
+    """Write a new file and flush it to disk."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -156,7 +163,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
-    """The one byte string that is a valid manifest of this content: it carries the sha256 of itself without it."""
+    """The manifest as bytes. It contains the sha256 of `body`; equal content always gives equal bytes."""
     digest = hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, sort_keys=True, indent=1, default=str).encode() + b"\n"
 
@@ -167,7 +174,7 @@ def _sha256(path: Path) -> str:
 
 
 def _own_storages(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, no two on one storage (tied weights), as safetensors wants them."""
+    """Copies on the CPU, contiguous, no two sharing storage (tied weights would), as safetensors requires."""
     seen: set[int] = set()
     result = {}
     for name, tensor in named.items():
@@ -181,15 +188,15 @@ def _own_storages(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint of ours. What has no manifest may be a user's: it is only moved out of the way."""
+    """Delete a checkpoint. A directory without a manifest may belong to the user, so it is only renamed."""
     if not (path / MANIFEST).is_file():
         return set_aside(path)
-    temporary = beside(path)  # half deleted, it must not look like a checkpoint
+    temporary = beside(path)  # half deleted, it must not be taken for a checkpoint
     os.rename(path, temporary)
     shutil.rmtree(temporary)
 
 
 def set_aside(path: Path) -> None:
-    """Rename to a name that is never read as a checkpoint, so that its step can be written again."""
+    """Rename the directory so that it is never read as a checkpoint, and its step can be written again."""
     names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
     os.rename(path, next(name for name in names if not os.path.lexists(name)))

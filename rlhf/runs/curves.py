@@ -1,4 +1,4 @@
-"""Curves of a run's metrics."""
+"""Plots curves of a run's metrics."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from rlhf.runs.metrics import TABLE
 
 
 def plot_curves(path: str | Path, png: str | Path, names: Sequence[str]) -> None:
-    """Draw the metrics `names` of a run over its steps, one panel each, into the file `png`."""
+    """Plot the metrics `names` of a run over its steps, one panel each, into the file `png`."""
     lines = read_metrics(path)
     missing = [name for name in names if all(line.get(name) is None for line in lines)]
     if missing or not names:

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside their place, flushed, and renamed into it."""
+"""Files and folders that are complete or absent: written under a temporary name, flushed, and renamed into place."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def beside(final: Path) -> Path:
-    """Where the content of `final` is written first; what an earlier attempt left there is deleted."""
+    """Temporary path next to `final`, to write to first. Deletes what an earlier attempt left there."""
     temporary = final.with_name(f"{final.name}.tmp")
     if temporary.is_file():
         temporary.unlink()
@@ -17,7 +17,7 @@ def beside(final: Path) -> Path:
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
-    """Flush what was written at `temporary` and let it take the place of `final`."""
+    """Flush `temporary` to disk and rename it to `final`, which it replaces."""
     if temporary.is_dir():
         flush_directory(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -29,21 +29,21 @@ def put_in_place(temporary: Path, final: Path) -> None:
 
 @contextmanager
 def written_beside(final: Path) -> Iterator[Path]:
-    """The folder or file to write in the place of `final`, which takes it at the end, unless an error is raised."""
+    """Gives a temporary path to write to; at the end it is renamed to `final`, unless an error was raised."""
     temporary = beside(final)
     yield temporary
     put_in_place(temporary, final)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is whole or as it was before."""
+    """Write a file atomically: if interrupted, the old content stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as temporary:
         temporary.write_bytes(data)
 
 
 def flush_directory(path: Path) -> None:
-    """Put the files of `path` on the disk, readable as the umask says: safetensors makes them private (0600)."""
+    """Flush the files of `path` to disk, with permissions by the umask: safetensors makes its files private (0600)."""
     mode = path.stat().st_mode & 0o666  # mkdir applied the umask
     for file in sorted(path.iterdir()):
         if file.is_file() and not file.is_symlink():

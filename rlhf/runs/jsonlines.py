@@ -1,4 +1,4 @@
-"""The files of JSON lines that a run leaves."""
+"""The JSON Lines files of a run: metrics.jsonl, times.jsonl and completions.jsonl."""
 
 import json
 import math
@@ -13,7 +13,7 @@ METRICS_FILE, TIMES_FILE, COMPLETIONS_FILE = "metrics.jsonl", "times.jsonl", "co
 
 
 class JsonLines:
-    """A file of JSON objects, one per line and each with its "step", that a resumed run continues to the byte."""
+    """A file of JSON objects, one per line, each with its "step". A resumed run continues it byte for byte."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -21,7 +21,7 @@ class JsonLines:
         self._file = open(self.path, "ab")  # noqa: SIM115
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Sorted keys, all digits; on the disk's cache when it returns."""
+        """Append one line, with sorted keys and full precision, and hand it to the operating system (no fsync)."""
         try:
             self._file.write(
                 json.dumps({**record, "step": step}, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n"
@@ -31,14 +31,14 @@ class JsonLines:
             raise TrainingError(f"{self.path} cannot be written at step {step}: {error}") from error
 
     def sync(self) -> None:
-        """Put what was written on the disk: call it before the checkpoint of the step is written."""
+        """Flush to disk. Call it before the checkpoint of the step is written."""
         os.fsync(self._file.fileno())
 
     def truncate_to(self, step: int) -> None:
-        """Cut every line later than `step` (-1: all), so that a resumed run writes them again, byte for byte.
+        """Delete every line later than `step` (-1: all lines); a resumed run writes them again, byte for byte.
 
-        A torn last line (killed while writing) is cut too. Raises InputError, touching nothing, if a line that must
-        stay cannot be read.
+        An incomplete last line (killed while writing) is deleted too. Raises InputError, without changing the file, if
+        a line that must stay cannot be read.
         """
         self._file.truncate(_end_of_step(self.path, step))
         self.sync()
@@ -48,14 +48,14 @@ class JsonLines:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and times.jsonl of one run. One process of a run makes one."""
+    """Appends to metrics.jsonl and times.jsonl of a run. Only one process of the run creates one."""
 
     def __init__(self, directory: str | Path) -> None:
         self._metrics = JsonLines(Path(directory) / METRICS_FILE)
         self._times = JsonLines(Path(directory) / TIMES_FILE)
 
     def write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float] | None = None) -> None:
-        """One line per file. A NaN or infinity becomes null, since JSON has none."""
+        """Write one line to each file. NaN and infinity become null, since JSON has neither."""
         self._metrics.write(step, {name: _number(value) for name, value in metrics.items()})
         if times is not None:
             self._times.write(step, {name: _number(value) for name, value in times.items()})
@@ -65,7 +65,7 @@ class MetricsWriter:
         self._times.sync()
 
     def truncate_to(self, step: int) -> None:
-        """See JsonLines; nothing is touched if either file cannot be cut there."""
+        """See JsonLines. Neither file is changed if one of them cannot be cut."""
         for file in (self._metrics, self._times):
             _end_of_step(file.path, step)
         self._metrics.truncate_to(step)
@@ -84,7 +84,7 @@ def _number(value: float) -> float | int | None:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a whole, readable line; None otherwise."""
+    """The step of a line, or None if the line is incomplete or unreadable."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
@@ -93,7 +93,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _end_of_step(path: Path, last_step: int) -> int:
-    """Bytes of the leading lines whose step is at most `last_step`."""
+    """Size in bytes of the leading lines whose step is at most `last_step`."""
     steps_and_sizes = [(_step_of(line), len(line)) for line in path.read_bytes().splitlines(keepends=True)]
     end, count = 0, 0
     for step, size in steps_and_sizes:
@@ -109,7 +109,7 @@ def _end_of_step(path: Path, last_step: int) -> int:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file (or of the run directory that holds one); a torn last line is left out."""
+    """The lines of a metrics file, given by its path or its run directory. An incomplete last line is left out."""
     path = Path(path)
     path = path / METRICS_FILE if path.is_dir() else path
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""What a run measures: one table of names, sums reduced once per step, and the files they end in.
+"""The table of all metrics that a run may log.
 
 OUTPUT_DIR/metrics.jsonl    one JSON object per line, sorted keys, no times: two equal runs give equal bytes
-          /times.jsonl      the wall-clock seconds of the same steps
+          /times.jsonl      wall-clock seconds of the same steps
 """
 
 import re
@@ -13,7 +13,7 @@ class Metric(NamedTuple):
     description: str
     unit: str
     worry: str = ""
-    """What reading is a warning sign; empty where none is known."""
+    """Reading that is a warning sign; empty if none is known."""
 
 
 _ROWS: dict[str, tuple[str, ...]] = {
@@ -58,8 +58,12 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "prompts_seen": ("prompts drawn from the data set so far", "prompts"),
     "completion_length": ("mean completion length, EOS included", "tokens", "drifts while the score stands still"),
     "truncated_fraction": ("share of completions cut by the length limit", "share", "above 0.3"),
-    "reward": ("GRPO's name of `score`", "score", "rises while samples get worse"),
-    "reward_std": ("GRPO's name of `score_std`, over all completions of the step", "score", "0: nothing to learn from"),
+    "reward": ("GRPO's name for `score`", "score", "rises while samples get worse"),
+    "reward_std": (
+        "GRPO's name for `score_std`, over all completions of the step",
+        "score",
+        "0: nothing to learn from",
+    ),
     "frac_reward_zero_std": (
         "share of groups whose scores are all equal, which teach nothing",
         "share",
@@ -67,7 +71,7 @@ _ROWS: dict[str, tuple[str, ...]] = {
     ),
     "kl": ("the KL term of the loss before kl_coef, averaged as the loss is", "nats per token"),
     "clip_ratio/<bound>": (
-        "GRPO's name of clip_fraction_low, clip_fraction_high: low_mean, high_mean",
+        "GRPO's name for clip_fraction_low, clip_fraction_high: low_mean, high_mean",
         "share",
         "above 0.3",
     ),
@@ -78,14 +82,14 @@ _ROWS: dict[str, tuple[str, ...]] = {
         "wrong ones grow while right ones do not",
     ),
     "sampling/sampling_logp_difference/<kind>": (
-        "GRPO's names of `sampler_gap` (max) and `sampler_gap_mean` (mean)",
+        "GRPO's names for `sampler_gap` (max) and `sampler_gap_mean` (mean)",
         "nats",
         "above 1e-4 in float32",
     ),
     "dynamic_sampling/rounds": ("rounds of sampling in this step", "rounds", "always the limit"),
     "dynamic_sampling/prompts": ("prompts sampled in this step", "prompts"),
     "sampler_gap": (
-        "largest |sampling - training log-prob| of the step's tokens, those of older weights left out",
+        "largest |sampling - training log-prob| of the step's tokens, without those that older weights sampled",
         "nats",
         "above 1e-4 in float32",
     ),

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: lines, and a progress bar."""
+"""Console output of a run: report lines and a progress bar."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,18 +7,18 @@ from tqdm.auto import tqdm
 
 
 def say(text: str) -> None:
-    """One line of a run's report, in step with the progress bar."""
+    """Print one line of a run's report, without garbling the progress bar."""
     tqdm.write(f"rlhf: {text}")
 
 
 class Display:
-    """How a run shows its steps: here not at all, and trackers get every metric under its own name."""
+    """How a run displays its steps. This base class shows nothing, and passes metrics to trackers unchanged."""
 
     def show(self, metrics: Mapping[str, float], seconds: float) -> None:
-        """A step is done that took so many seconds."""
+        """Called after each step, which took `seconds`."""
 
     def tracked(self, step: int, metrics: Mapping[str, float], seconds: float) -> tuple[int, Mapping[str, float]]:
-        """(place on a tracker's axis, the numbers to show there)."""
+        """(position on the tracker's step axis, metrics to log there)."""
         return step, metrics
 
     def close(self) -> None: ...
@@ -29,7 +29,7 @@ ON_BAR = {"score": "score", "reward": "reward", "reward_kl": "kl"}
 
 
 class StepBar(Display):
-    """A bar that counts steps, with the numbers that tell how the run is doing."""
+    """A progress bar that counts steps and shows the score, the KL and the seconds per step."""
 
     def __init__(self, *, first_step: int, total_steps: int, hidden: bool = False) -> None:
         self._bar: Any = tqdm(total=total_steps, initial=first_step, desc="train", unit="step", disable=hidden)

@@ -1,4 +1,4 @@
-"""Whether a run may continue a saved one: its settings and fingerprints beside the present ones."""
+"""Checks that a run may continue a saved one, by comparing their settings and fingerprints."""
 
 import itertools
 import json
@@ -10,10 +10,10 @@ from rlhf.settings import dotted
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, must_match: set[str]) -> list[str]:
-    """Compare a saved run's settings and fingerprints with the current ones; messages on what differs and may.
+    """Compare a saved run's settings and fingerprints with the current ones. Returns messages on allowed differences.
 
-    Nested settings have dotted names ("ppo.clip_range"); a name in `must_match` covers all below it. Raises InputError
-    listing every field of `must_match` that differs.
+    Nested settings have dotted names ("ppo.clip_range"); a name in `must_match` covers all settings below it. Raises
+    InputError listing every field of `must_match` that differs.
     """
     before, now = ({name: _json(value) for name, value in dotted(side)} for side in (saved, current))
     required: list[str] = []
@@ -32,5 +32,5 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, mus
 
 
 def _json(value: Any) -> str:
-    """As the manifest stores it: what JSON does not know (a path, an enumeration) by its text."""
+    """The value as JSON text, as the manifest stores it; types that JSON lacks (paths, enumerations) become strings."""
     return json.dumps(json.loads(json.dumps(value, default=str)), sort_keys=True)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at a moment when nothing is lost: a run belongs together only between two steps."""
+"""Delays Ctrl-C and SIGTERM to the end of a step, since a run is in a consistent state only between two steps."""
 
 import signal
 import sys
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 SAME_SIGNAL_S = 0.5
-"""Signals this close together are one: a launcher passes on what the terminal has sent to every process already."""
+"""Signals this close together count as one: a launcher repeats the signal that the terminal already sent to all."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that a signal ended after it had finished its step. `number`: the signal's."""
+    """Raised when a signal ends a run. number: the signal's number."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -21,13 +21,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Which signal came while they waited, if one did."""
+    """Records the first signal that arrives, if any."""
 
     number: int | None = None
     _at: float = 0.0
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler: the first signal is remembered, the second one interrupts at once."""
+        """Signal handler: records the first signal; the second one interrupts at once."""
         if self.number is None:
             self.number, self._at = number, time.monotonic()
             name = signal.Signals(number).name
@@ -42,7 +42,7 @@ class Signals:
 
 @contextmanager
 def waiting_signals() -> Iterator[Signals]:
-    """Within, SIGINT and SIGTERM wait. Only a program's main thread gets signals; in others nothing is changed."""
+    """Delay SIGINT and SIGTERM inside the block. Does nothing outside the main thread, which alone receives signals."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals

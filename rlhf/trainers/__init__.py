@@ -1,1 +1,1 @@
-"""The parts wired up for language models."""
+"""Trainers for language models, their settings and their checks."""

@@ -1,4 +1,4 @@
-"""What does not fit together in a run's settings, data and model, said before anything is computed."""
+"""Checks, before anything is computed, that a run's settings, data and model fit together."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from rlhf.training.sampler import Agreement
 def check_batch_sizes(
     config: TrainerConfig, completions_per_prompt: int, eval_data: PromptDataset | None, processes: int
 ) -> None:
-    """InputError if minibatches do not fill a step, or a process would be left without a prompt."""
+    """InputError if minibatch_size does not divide a step's completions, or some process would get no prompt."""
     completions = config.prompts_per_step * completions_per_prompt
     size = config.update.minibatch_size or completions
     if completions % size:
@@ -45,7 +45,7 @@ def check_model(lm: PreTrainedModel, tokenizer: Any, config: TrainerConfig, *dat
     """InputError if the model cannot be trained on these prompts."""
     if not any(p.requires_grad for p in lm.parameters()):
         raise InputError(
-            "policy: requires_grad is False for all of its weights, so that nothing but a value head would be trained. "
+            "policy: requires_grad is False for all of its weights, so that at most a value head would be trained. "
             "Call policy.requires_grad_(True), or leave some layers trainable."
         )
     check_vocabulary(lm, tokenizer)
@@ -61,11 +61,11 @@ def check_model(lm: PreTrainedModel, tokenizer: Any, config: TrainerConfig, *dat
 
 
 def agreement_with(engine: RolloutEngine, lm: PreTrainedModel) -> Agreement:
-    """How far the engine's log-probs may be from the training forward's, by what it promises."""
+    """How far the engine's log-probs may be from those of the training forward, as the engine promises."""
     remedy = (
-        f"The forward of {type(lm).__name__} with a cache and without are not the same policy: use another attention "
+        f"{type(lm).__name__} computes different log-probs with and without a KV cache: use another attention "
         "implementation or precision, or report the model."
     )
     if not isinstance(engine, InProcessEngine):
-        remedy = "Look at the engine: its weights, adapter, temperature, and which log-probs it reports."
+        remedy = "Check the engine: its weights, adapter, temperature, and which log-probs it reports."
     return Agreement(bound=engine.promises.logprob_gap, exact=engine.promises.exact, remedy=remedy)

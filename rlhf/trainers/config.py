@@ -1,4 +1,4 @@
-"""The settings of a run on a language model. Each is documented in the line below it; commands read the same names."""
+"""Settings of a training run on a language model. The string below a field documents it, also for command lines."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,50 +16,50 @@ from rlhf.training.update import UpdateConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """Settings of a run, whatever the algorithm. Batch sizes are global: over all processes."""
+    """Settings that all algorithms share. Batch sizes are global: totals over all processes."""
 
     output_dir: str
-    """Directory of this run: checkpoints, metrics, and in the end the policy."""
+    """Directory of this run: checkpoints, metrics and, at the end, the policy."""
     seed: int = 0
-    """Decides every random draw, 0 <= seed < 2**32."""
+    """Seed of every random draw, 0 <= seed < 2**32."""
     total_steps: int = 100
-    """Rollouts; each is followed by update.num_epochs passes over it."""
+    """Number of rollouts, each followed by update.num_epochs passes over it."""
     prompts_per_step: int = 64
     """Prompts per rollout."""
     learning_rate: float = 3e-6
-    """Of AdamW, at its highest."""
+    """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls, to 0 at the end of the run (or stays)."""
+    """How the learning rate falls to 0 at the end of the run, or stays constant."""
     warmup_steps: int = 0
     """Rollouts over which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """"bfloat16" autocasts the arithmetic; the weights stay in float32."""
     max_prompt_tokens: int = 512
-    """Longest prompt."""
+    """Length limit of a prompt, in tokens."""
     prompt_too_long: Literal["error", "drop", "truncate_left"] = "error"
-    """What happens to longer ones, decided before training and counted."""
+    """What to do with longer prompts; applied before training, and their number is printed."""
     missing_eos: MissingEOS = "keep"
     """Score of a completion cut by the length limit: keep it, replace it by missing_eos_value, or subtract that from it."""
     missing_eos_value: float | None = None
-    """In units of the score; needed unless missing_eos is "keep"."""
+    """Score to replace with or to subtract; needed unless missing_eos is "keep"."""
     reward_weights: list[float] | None = None
-    """One per reward; all 1 if null."""
+    """One weight per reward; all 1 if null."""
     reward_timeout_s: float | None = 300.0
-    """Seconds that one reward function may take for the completions of a step (of one process); null: no limit."""
+    """Seconds that one reward function may take for one process's completions of a step; null: no limit."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     eval_every: int = 0
     """Steps between evaluations on eval_dataset; 0 evaluates at the end only."""
     checkpoint_every: int = 50
-    """Steps between checkpoints; 0 keeps none but the last."""
+    """Steps between checkpoints; 0 saves only one, after the last step."""
     keep_checkpoints: int = 2
-    """Older checkpoints are deleted once a newer one is complete."""
+    """Number of newest checkpoints to keep; older ones are deleted once a newer one is complete."""
     log_completions: int = 4
-    """Completions of a step written to completions.jsonl, with their scores."""
+    """Number of completions of a step to write to completions.jsonl, with their scores."""
     log_completions_every: int = 1
-    """Steps between two such."""
+    """Steps between writes to completions.jsonl."""
     tracker: str | None = None
     """Also log to "tensorboard", "wandb" or another tracker that Accelerate knows."""
 
@@ -92,7 +92,7 @@ class TrainerConfig:
             )
         if self.missing_eos == "subtract" and not (self.missing_eos_value or 0) > 0:
             raise InputError(
-                f'missing_eos_value={self.missing_eos_value}: give "subtract" a number above 0 to take off.'
+                f'missing_eos_value={self.missing_eos_value}: with missing_eos="subtract", give a number above 0.'
             )
         if (self.missing_eos != "keep") != (self.missing_eos_value is not None):
             raise InputError(
@@ -101,14 +101,14 @@ class TrainerConfig:
             )
 
     def learning_rate_at(self, step: int) -> float:
-        """A pure function of the step: there is no scheduler to save."""
+        """The learning rate of `step`: a pure function, so that there is no scheduler to save."""
         rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         progress = step / self.total_steps
         fall = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
         return self.learning_rate * rise * fall[self.lr_schedule]
 
     def is_due(self, every: int, step: int) -> bool:
-        """Whether what happens every so many steps (0: never), and after the last, happens after step `step`."""
+        """Whether an action due every `every` steps (0: never) and after the last step is due after `step`."""
         done = step + 1
         return done == self.total_steps or (every > 0 and done % every == 0)
 
@@ -125,24 +125,26 @@ class GRPOTrainerConfig(TrainerConfig):
     """Settings of a GRPO run. `grpo=GRPOConfig.preset("dapo")` starts from a published recipe."""
 
     learning_rate: float = 1e-6
-    """Of AdamW, at its highest; 1e-6 is usual for models of billions of parameters, small ones want more."""
+    """Peak learning rate of AdamW. 1e-6 is usual for models of billions of parameters; smaller ones need more."""
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=1, minibatch_size=None))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        grpo, update, completions = self.grpo, self.update, self.prompts_per_step * self.grpo.completions_per_prompt
+        grpo = self.grpo
+        update = self.update
+        completions = self.prompts_per_step * grpo.completions_per_prompt
         updates = update.num_epochs * (completions // (update.minibatch_size or completions))
         if grpo.surrogate == "score" and updates > 1:
             raise InputError(
-                f"grpo.surrogate=score has no ratio to the policy that sampled, and {updates} updates per rollout "
+                f"grpo.surrogate=score has no importance ratio, so that {updates} updates per rollout "
                 f"(update.num_epochs={update.num_epochs}, update.minibatch_size={update.minibatch_size}) would be "
                 "off-policy. Set num_epochs to 1 and minibatch_size to null, or the surrogate to clipped."
             )
         if grpo.overlong_buffer_tokens >= self.generation.max_new_tokens:
             raise InputError(
                 f"grpo.overlong_buffer_tokens={grpo.overlong_buffer_tokens} must be below "
-                f"generation.max_new_tokens={self.generation.max_new_tokens}. DAPO's is a fifth of it."
+                f"generation.max_new_tokens={self.generation.max_new_tokens}. DAPO uses a fifth of it."
             )
         if grpo.overlong_buffer_tokens and self.missing_eos != "keep":
             raise InputError(

@@ -1,4 +1,4 @@
-"""Settings that people who come from TRL's GRPOTrainer would type, and what to set here; docs/from-trl.md says more."""
+"""Names the setting to use here for each one of TRL's GRPOTrainer, for error messages; docs/from-trl.md says more."""
 
 _VLLM = "not available: completions come from the policy itself, in the precision it trains in. Leave it out"
 _TOOLS = (
@@ -105,11 +105,14 @@ INSTEAD: dict[str, str] = {
     "log_unique_prompts": "log_completions (how many are written)",
     **dict.fromkeys(("log_completions_hub_repo", "push_to_hub"), _HUB),
 }
-"""name -> the setting to use here, or "not available: " and what to do; the text goes on a message's last line."""
+"""TRL's name -> the setting to use here, or "not available: " and what to do; the text ends an error message."""
 
 
 def instead(name: str) -> str | None:
-    """A sentence for a setting that is TRL's, or None; `name` may have a group before it (grpo.beta)."""
+    """What to set instead of TRL's setting `name`, as a sentence; None if TRL has none of that name.
+
+    `name` may begin with a group (grpo.beta).
+    """
     hint = INSTEAD.get(name.rpartition(".")[2])
     if hint is None:
         return None

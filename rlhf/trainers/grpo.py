@@ -1,4 +1,4 @@
-"""GRPO on language models: groups of completions in place of a value model."""
+"""Trainer for GRPO on language models: groups of completions in place of a value model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +16,9 @@ from rlhf.verifiers import soft_overlong_punishment
 
 
 class GRPOTrainer(Trainer):
-    """GRPO and its relatives: no value model, no reward model needed. See `Trainer` for the arguments.
+    """Trains with GRPO or a variant; needs neither value model nor reward model. See `Trainer` for the arguments.
 
-    A completion on which all reward functions abstain (None) is left out; it is an error only if all of a step's do.
+    A completion on which all reward functions abstain (None) is left out; InputError if none of a step has a score.
     """
 
     config: GRPOTrainerConfig
@@ -40,7 +40,7 @@ class GRPOTrainer(Trainer):
         "sampler_gap": "sampling/sampling_logp_difference/max",
         "sampler_gap_mean": "sampling/sampling_logp_difference/mean",
     }
-    """Names that users of GRPO trainers know, in files, trackers and callbacks."""
+    """Names that users of other GRPO trainers know; used in files, trackers and callbacks."""
 
     def make_algorithm(self) -> GRPO:
         return GRPO(self.config.grpo.with_length(self.config.generation.max_new_tokens))
@@ -48,9 +48,10 @@ class GRPOTrainer(Trainer):
     def _with_own_rewards(
         self, rewards: Sequence[Reward], config: TrainerConfig
     ) -> tuple[Sequence[Reward], TrainerConfig]:
-        """DAPO's overlong punishment is a reward function like the user's, with weight 1."""
+        """Adds DAPO's overlong punishment, if set, as one more reward function with weight 1."""
         assert isinstance(config, GRPOTrainerConfig)
-        length, buffer = config.generation.max_new_tokens, config.grpo.overlong_buffer_tokens
+        length = config.generation.max_new_tokens
+        buffer = config.grpo.overlong_buffer_tokens
         if not buffer:
             return rewards, config
         weights = [1.0] * len(rewards) if config.reward_weights is None else config.reward_weights
@@ -73,5 +74,5 @@ class GRPOTrainer(Trainer):
         return source if rounds == 1 else DynamicSampling(source, rounds=rounds)
 
     def _verdict(self) -> str:
-        """The reward that says whether a completion is right."""
+        """Name of the reward that judges whether a completion is right: dynamic sampling's, or the first."""
         return self.config.grpo.dynamic_sampling_reward or self.rewards.names[0]

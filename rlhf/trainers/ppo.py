@@ -1,4 +1,4 @@
-"""PPO on language models."""
+"""Trainer for PPO on language models."""
 
 from rlhf.algorithms.ppo import PPO
 from rlhf.trainers.config import PPOTrainerConfig

@@ -1,4 +1,4 @@
-"""What a run says at its start, and what its checkpoints remember of it."""
+"""The lines that a run prints at its start, and the identity that its checkpoints store."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,11 +13,10 @@ from rlhf.trainers.config import TrainerConfig
 from rlhf.training.weights import fingerprint
 
 MUST_MATCH = {"seed", "prompts_per_step", "dataset", "dataset_columns", "reference", "algorithm", "generation"}
-"""Of `identity`, what a resumed run may not change: prompts, draws or objective would be others from there on."""
-
+"""Keys of `identity` that a resumed run may not change: prompts, random draws or the objective depend on them."""
 
 POLICY_FOLDERS = ("policy", "policy.tmp")
-"""Where a run's owner leaves the trained policy, beside what `Run` writes."""
+"""Folders in which a trainer saves the policy, beside the files that `Run` writes."""
 
 
 def description(
@@ -30,7 +29,13 @@ def description(
     *,
     completions_per_prompt: int,
 ) -> list[str]:
-    """Lines that say what will run."""
+    """Lines that describe the run about to start.
+
+    Args:
+        data: the training prompts.
+        eval_data: the evaluation prompts, if there are any.
+        completions_per_prompt: completions that a rollout samples for each prompt.
+    """
     completions = config.prompts_per_step * completions_per_prompt
     size = config.update.minibatch_size or completions
     lines = [
@@ -44,8 +49,8 @@ def description(
     ]
     if config.prompts_per_step > len(data):
         lines.append(
-            f"note: a step takes {config.prompts_per_step} prompts and there are {len(data)}: they repeat within it, with "
-            "other draws"
+            f"note: a step takes {config.prompts_per_step} prompts, but the data set has {len(data)}: "
+            "prompts repeat within a step, with other random draws"
         )
     return lines
 
@@ -57,7 +62,14 @@ def identity(
     reference: Module | None,
     algorithm: Algorithm,
 ) -> dict[str, Any]:
-    """Settings and fingerprints that a checkpoint remembers of its run, to notice a resume with something else."""
+    """Settings and fingerprints that a checkpoint stores, so that a resume with other ones is noticed.
+
+    Args:
+        data: the training prompts.
+        reward_names: names of the rewards, in order.
+        reference: the reference policy, if the algorithm needs one.
+        algorithm: only its class name is stored; its settings are part of `config`.
+    """
     return {
         **asdict(config),
         "dataset": data.fingerprint,
@@ -69,7 +81,7 @@ def identity(
 
 
 def first_check(metrics: Mapping[str, float]) -> str:
-    """Of the first step, before which policy, sampler and reference are one. metrics: what the learner gave back."""
+    """The line printed after the first step: gaps between policy, sampler and reference. metrics: from the learner."""
     gap, kl = metrics["sampler_gap"], metrics.get("reward_kl")
     return f"check: sampling and training log-probs differ by at most {gap:.2g} (ratio within {gap:.2g} of 1); " + (
         "no reference" if kl is None else f"KL(policy || reference) = {kl:.3g} nats per completion"

@@ -1,4 +1,4 @@
-"""Training a language model against rewards: `Trainer.train` is the table of contents, every mechanism has its own room."""
+"""Trains a language model against rewards. `Trainer.train` is the loop; each mechanism has a module of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -32,12 +32,12 @@ from rlhf.training.source import Source
 
 
 class Trainer:
-    """Trains a causal LM against rewards with any `Algorithm`: a subclass says with which one (`make_algorithm`)."""
+    """Trains a causal LM against rewards. Subclasses choose the `Algorithm` (`make_algorithm`)."""
 
     allow_unscored = False
-    """Whether a completion may stay without a score; algorithms that need one for each refuse it."""
+    """Whether a completion may go without a score; False for algorithms that need a score for each."""
     metric_names: ClassVar[Mapping[str, str]] = {}
-    """Our metrics -> the names under which this trainer reports them."""
+    """Metric name in this package -> name under which this trainer reports it."""
 
     def __init__(
         self,
@@ -56,14 +56,16 @@ class Trainer:
         """Loads and checks everything; nothing is written before `train`.
 
         Args:
-            policy: a path or a transformers causal LM, which is trained in place.
+            policy: a path, a hub name, or a transformers causal LM, which is trained in place.
             rewards: reward functions, `RewardModel`s, paths of reward models, or a list of them.
             dataset: prompts: a path, a `datasets.Dataset` or a list of rows, with a column "prompt" or "messages".
-            tokenizer: the policy's, if that is no path; a path or the tokenizer itself.
-            eval_dataset: held-out prompts, as `dataset`.
-            reference: the policy to stay close to; by default a frozen copy of `policy` as it is now.
-            engine: who samples; by default the policy itself.
-            source: makes the source of trajectories from that of the data set's prompts, which is taken by default.
+            config: the settings of the run, of the subclass's type.
+            tokenizer: the policy's tokenizer or its path; needed unless `policy` is a path or hub name.
+            eval_dataset: held-out prompts, in the same forms as `dataset`.
+            reference: the reference policy; by default a frozen copy of `policy` as it is now.
+            callbacks: notified of the run's start, steps, evaluations and end.
+            engine: samples the completions; by default from the policy itself, in this process.
+            source: makes the source of trajectories from the data set's `PromptSource`; default: `_wrapped`.
         """
         rewards, config = self._with_own_rewards(as_list(rewards), config)
         self.config = config
@@ -71,7 +73,7 @@ class Trainer:
         self.distributed = Distributed(
             precision=config.precision, tracker=config.tracker, tracker_dir=str(Path(config.output_dir) / "tracker")
         )
-        # What can be refused is refused before the first model is loaded.
+        # Bad inputs are refused before the policy is loaded.
         self.tokenizer = tokenizer_of(tokenizer, policy)
         self._note = require_pad_token(self.tokenizer)
         self.data = prompts_of(dataset, self.tokenizer, config)
@@ -100,13 +102,15 @@ class Trainer:
             writes=POLICY_FOLDERS,
         )
         self.samples: list[dict[str, Any]] = []
-        """The last step's lines of completions.jsonl."""
+        """Lines of completions.jsonl for the last step; empty if none were due."""
         self._said_check = False
 
     def _make_models(
         self, lm: PreTrainedModel, reference: str | PreTrainedModel | None, engine: RolloutEngine | None
     ) -> None:
-        config, distributed, needs = self.config, self.distributed, self.algorithm.needs
+        config = self.config
+        distributed = self.distributed
+        needs = self.algorithm.needs
         temperature = config.generation.temperature
         self.reference: Policy | None = None
         if "reference" in needs:
@@ -126,7 +130,7 @@ class Trainer:
         )
 
     def _make_source(self) -> PromptSource:
-        """Prompts -> completions by the engine -> scores -> trajectories."""
+        """The source of trajectories: prompts -> completions of the engine -> scores -> trajectories."""
         config = self.config
         self.sampler = Sampler(
             engine=self.engine,
@@ -159,24 +163,27 @@ class Trainer:
     # ---- the loop ----
 
     def train(self, *, resume: bool | str = False, overwrite: bool = False) -> dict[str, float]:
-        """Run to `total_steps`; the last step's metrics.
+        """Trains up to `total_steps`; returns the metrics of the last step.
 
         resume: True continues from the newest complete checkpoint of output_dir, a path from that checkpoint.
         overwrite: replace the run that output_dir already holds.
         """
-        config, run, metrics = self.config, self.run, dict[str, float]()
+        config = self.config
+        run = self.run
+        metrics = dict[str, float]()
         self._begin(resume, overwrite)
         bar = StepBar(first_step=run.step, total_steps=config.total_steps, hidden=not self.distributed.is_main)
         try:
             with run.training(bar):
                 run.notify("on_train_start", self)
                 while run.step < config.total_steps and not run.stopping():
-                    step, saves = run.step, config.is_due(config.checkpoint_every, run.step)
-                    evaluates = self.eval_data is not None and config.is_due(config.eval_every, run.step)
+                    step = run.step
+                    saves = config.is_due(config.checkpoint_every, step)
+                    evaluates = self.eval_data is not None and config.is_due(config.eval_every, step)
                     metrics = self.train_step()
                     try:
                         metrics |= self.evaluate() if evaluates else {}
-                    finally:  # a failing evaluation does not lose the step
+                    finally:  # the step is logged even if the evaluation fails
                         run.log(metrics, self.samples)
                     run.notify("on_step_end", self, step, metrics)
                     if saves:
@@ -189,8 +196,9 @@ class Trainer:
         return metrics
 
     def train_step(self) -> dict[str, float]:
-        """One rollout and what is learnt from it."""
-        config, step = self.config, self.step
+        """One rollout and the update on it; returns the metrics of both."""
+        config = self.config
+        step = self.step
         collected = self.source.collect(step)
         learnt = self.learner.learn(
             collected.trajectories,
@@ -207,8 +215,9 @@ class Trainer:
         return self._named(dict(collected.metrics) | learnt)
 
     def evaluate(self) -> dict[str, float]:
-        """One sampled completion per prompt of eval_dataset, scored; the same random draws every time."""
-        data, distributed = self.eval_data, self.distributed
+        """Samples and scores one completion per prompt of eval_dataset, with the same random draws every time."""
+        data = self.eval_data
+        distributed = self.distributed
         assert data is not None, "evaluate() needs an eval_dataset"
         mine = distributed.share(len(data))
         _, metrics = evaluate(data, mine, self.sampler, self.scorer, distributed, step=self.step)
@@ -218,19 +227,19 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps that are done."""
+        """Number of completed steps."""
         return self.run.step
 
     @property
     def should_stop(self) -> bool:
-        """Set it to end after the current step."""
+        """Set this to True to end training after the current step."""
         return self.run.should_stop
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
         self.run.should_stop = value
 
-    # ---- what the trainer of another algorithm may change ----
+    # ---- hooks for subclasses ----
 
     def make_algorithm(self) -> Algorithm:
         """The algorithm that `config` asks for."""
@@ -239,24 +248,24 @@ class Trainer:
     def _with_own_rewards(
         self, rewards: Sequence[Reward], config: TrainerConfig
     ) -> tuple[Sequence[Reward], TrainerConfig]:
-        """The user's rewards with those that settings ask for, and the settings with their weights."""
+        """The user's rewards plus those that settings add, and the settings with the weights of all of them."""
         return rewards, config
 
     def _check_rewards(self) -> None:
         check_rewards(self.rewards, self.data, self.eval_data)
 
     def _verdict(self) -> str | None:
-        """The reward that says whether a completion is right."""
+        """Name of the reward that judges whether a completion is right, if there is one."""
         return None
 
     def _wrapped(self, source: PromptSource) -> Source:
-        """The source that is used unless the user gives one."""
+        """The source of trajectories to use unless the user passes `source`."""
         return source
 
-    # ---- starting, saving, telling ----
+    # ---- starting, saving, reporting ----
 
     def _begin(self, resume: bool | str, overwrite: bool) -> None:
-        """Claim the output directory and, when resuming, continue exactly where the checkpoint was written."""
+        """Claims the output directory and, when resuming, restores the state of the checkpoint."""
         self._said_check = False
         if not resume:
             self._require_untrained()
@@ -281,7 +290,7 @@ class Trainer:
             )
 
     def save_policy(self) -> None:
-        """OUTPUT_DIR/policy: a model that stock transformers loads, its tokenizer, and the value head beside them."""
+        """Writes OUTPUT_DIR/policy: a model that stock transformers loads, its tokenizer, and the value head."""
         if self.distributed.is_main:
             save_policy(self.policy, self.tokenizer, Path(self.config.output_dir) / "policy")
         self.distributed.barrier()

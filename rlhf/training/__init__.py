@@ -1,1 +1,1 @@
-"""Trajectories -> new weights, for control tasks and language models alike."""
+"""Turns trajectories into new weights, for control tasks and language models alike."""

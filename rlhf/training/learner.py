@@ -1,4 +1,4 @@
-"""Trajectories -> new weights: the one object through which language models and control tasks learn."""
+"""The learner, which turns trajectories into new weights, for language models and control tasks alike."""
 
 from collections.abc import Callable
 
@@ -20,15 +20,15 @@ Arrange = Callable[[TrainingBatch], TrainingBatch]
 
 
 def completions(batch: TrainingBatch) -> TrainingBatch:
-    """A minibatch is a set of rows: of completions."""
+    """The batch unchanged: minibatches are sets of its rows, the completions."""
     return batch
 
 
 class Learner:
     """Model, algorithm, optimizer and the processes that share them; made once per run.
 
-    `learn` prepares advantages, gathers the global batch, checks that the policy that sampled is the one that trains, and
-    updates. What the algorithm adapts is committed only when the step is done.
+    `learn` prepares advantages, gathers the global batch, checks that the policy that sampled is the one that trains,
+    and updates. The state that the algorithm adapts is stored only when the update is complete.
     """
 
     def __init__(
@@ -44,36 +44,47 @@ class Learner:
         arrange: Arrange = completions,
         stepper: Callable[..., Stepper] = EagerStepper,
     ) -> None:
-        """make_optimizer: of the policy's parameters. seed: decides the minibatches. agreement: how
-        far the sampler may be from the policy. arrange: what makes the global batch
-        one of minibatches' elements (control tasks: of single transitions). stepper: the class that makes optimizer steps.
+        """Makes the optimizer and the stepper.
+
+        Args:
+            make_optimizer: Makes the optimizer of the policy's parameters.
+            seed: Determines the minibatches.
+            agreement: How far the sampler's log-probs may be from the policy's.
+            arrange: Turns the rows of the global batch into those of minibatches (control tasks: single transitions).
+            stepper: The class that makes the optimizer steps.
         """
-        self.policy, self.algorithm, self.config = policy, algorithm, config
-        self.distributed, self.seed, self.agreement, self._arrange = distributed, seed, agreement, arrange
+        self.policy = policy
+        self.algorithm = algorithm
+        self.config = config
+        self.distributed = distributed
+        self.seed = seed
+        self.agreement = agreement
+        self._arrange = arrange
         self.own_optimizer = make_optimizer(policy)
         self.model, self.optimizer = distributed.prepare(policy, self.own_optimizer)
         self.stepper = make_stepper(self.model, algorithm, self.optimizer, config, distributed, stepper)
         self.algorithm_state = algorithm.initial_state()
         self.updates = 0
-        """Steps learnt: the version of the policy."""
+        """Number of updates made: the version of the policy."""
         self.updating = False
-        """True while the weights belong to no version, and after an update that failed."""
+        """True during an update and after one that failed: the weights then belong to no version."""
         self.first_advantages = torch.zeros(0)
-        """(rows,): the advantage of the first sampled element of each row of the last global batch."""
+        """(rows,): the advantage of each row's first sampled element, in the last global batch."""
 
     @property
     def has_learnt(self) -> bool:
-        """Whether the policy is no longer the one that was given."""
+        """Whether the policy's weights have been updated since it was given."""
         return bool(self.own_optimizer.state)
 
     def learn(
         self, trajectories: Trajectories, *, step: int, progress: float, learning_rate: float
     ) -> dict[str, float]:
-        """One rollout's update; its mean metrics, global.
+        """Updates the policy on one rollout; returns the update's mean metrics, global.
 
-        trajectories: this process's rows. step: the rollout's number, which decides the minibatches. progress: the share of
-        the run that is done, for schedules. TrainingError, with the weights as they were, if the policy that sampled is not
-        this one or numbers are not finite; if the gradient is not, some of the update's steps may have been made.
+        trajectories: this process's rows. step: the rollout's number, which determines the minibatches. progress: the
+        share of the run that is done, for schedules. Raises TrainingError, and leaves the weights unchanged, if another
+        policy sampled or numbers are not finite; if a gradient is not finite, earlier optimizer steps of this update
+        remain applied.
         """
         state = dict(self.algorithm_state)
         batch = self.algorithm.prepare(trajectories, progress, state, self.distributed.all_sum)
@@ -95,12 +106,14 @@ class Learner:
             step=step,
             state=state,
         )
-        self.algorithm_state, self.updates, self.updating = state, self.updates + 1, False
+        self.algorithm_state = state
+        self.updates += 1
+        self.updating = False
         return metrics | {"learning_rate": learning_rate}
 
     def state(self, step: int) -> Saved | None:
-        """Everything that the first `step` steps left behind (random draws leave nothing); None if the weights are not
-        those after `step` steps."""
+        """The state after the first `step` steps (random draws have none); None if the weights are not those after
+        `step` steps."""
         if self.updating or self.updates != step:
             return None
         tensors, optimizer_state = optimizer_tensors(self.own_optimizer, self.policy.named_parameters())
@@ -108,7 +121,7 @@ class Learner:
         return Saved(values, {"policy": named_tensors(self.policy), "optimizer": tensors})
 
     def load(self, saved: Saved) -> None:
-        """Continue exactly where `state` was taken. InputError if it is of another model or optimizer."""
+        """Restores a `state`, to continue exactly from there. InputError if it is of another model or optimizer."""
         load_named_tensors(self.policy, saved.tensors["policy"])
         load_optimizer_tensors(
             self.own_optimizer,
@@ -117,7 +130,7 @@ class Learner:
             saved.values["optimizer"],
             keep={"weight_decay"},
         )
-        adapts = self.algorithm.initial_state()  # a coefficient that has got a target since begins at its setting
+        adapts = self.algorithm.initial_state()  # a coefficient without a saved value starts at its setting
         self.algorithm_state = {name: saved.values["algorithm"].get(name, value) for name, value in adapts.items()}
         self.updates = saved.values["updates"]
         self.updating = False

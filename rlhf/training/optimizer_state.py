@@ -1,4 +1,4 @@
-"""What a resumed run takes over from a checkpoint besides weights: optimizer state, and the settings it must share."""
+"""Converts an optimizer's state to and from the contents of a checkpoint, keyed by parameter name."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from rlhf.errors import InputError
 
-_SWITCHES = ("fused", "foreach", "capturable", "differentiable")  # how torch computes a step, not what
+_SWITCHES = ("fused", "foreach", "capturable", "differentiable")  # how torch computes a step, not its result
 
 NamedParameters = Iterable[tuple[str, Tensor]]
 
@@ -17,7 +17,7 @@ NamedParameters = Iterable[tuple[str, Tensor]]
 def optimizer_tensors(
     optimizer: Optimizer, named_parameters: NamedParameters
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as ("exp_avg/<parameter name>" -> tensor, JSON of the rest): no pickle, no positions.
+    """An optimizer's state as ("exp_avg/<parameter name>" -> tensor, the rest as JSON): no pickle, no indices.
 
     named_parameters: `model.named_parameters()`, with every parameter that the optimizer holds.
     """
@@ -44,10 +44,15 @@ def load_optimizer_tensors(
     *,
     keep: Collection[str] = (),
 ) -> None:
-    """Give `optimizer` the state of `optimizer_tensors`, bit for bit; parameters are found by name, in any order.
+    """Gives `optimizer` the state that `optimizer_tensors` returned, bit for bit.
 
-    keep: hyper-parameters (such as "lr") for which the optimizer's present value stays; those that only choose torch's
-    implementation (`fused`, ...) always stay. Raises InputError if parameters, groups or shapes differ.
+    Args:
+        named_parameters: `model.named_parameters()`. Parameters are matched by name; their order does not matter.
+        keep: Hyper-parameters (such as "lr") that keep the optimizer's present value. Those that only choose torch's
+            implementation (`fused`, ...) always do.
+
+    Raises:
+        InputError: Parameters, groups or shapes differ.
     """
     groups = _group_names(optimizer, named_parameters)
     flat = [name for group in groups for name in group]
@@ -88,7 +93,7 @@ def _plain(value: Any) -> Any:
 
 
 def _like(current: Any, saved: Any) -> Any:
-    """`saved`, as read from JSON, in the type that the optimizer uses now (a tensor, a tuple)."""
+    """`saved`, as read from JSON, converted to the type that the optimizer uses now (a tensor, a tuple)."""
     if isinstance(current, Tensor):
         return torch.full_like(current, saved)
     return tuple(saved) if isinstance(saved, list) else saved

@@ -1,4 +1,4 @@
-"""The policy that sampled is the policy that trains: their log-probs of the same actions, compared at every step."""
+"""Checks in every step that the policy that sampled is the one that trains, by their log-probs of the same actions."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ from rlhf.errors import TrainingError
 from rlhf.types import TrainingBatch
 
 SHARE_BEYOND = 0.01
-"""Of the actions, how many may lie beyond the bound where sampler and training forward differ by precision."""
+"""Largest share of actions that may lie beyond the bound if sampler and training forward differ in precision."""
 MEAN_OF_BOUND = 0.1
-"""And how large their mean gap may be, as a part of the bound."""
+"""Limit on the mean gap in the same case, as a fraction of the bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,19 +19,20 @@ class Agreement:
     """How far the log-probs that a sampler reports may be from those of the training forward."""
 
     bound: float
-    """Nats between the two log-probs of one action."""
+    """Largest difference between the two log-probs of one action, in nats."""
     remedy: str
-    """What may be wrong, and what to do: the end of the error."""
+    """End of the error message: what may be wrong, and what to do."""
     exact: bool = True
-    """They differ by rounding alone, so that no action may lie beyond the bound. Otherwise by precision: then rare ones
-    may, since one token in a million must not end a long run, and the mean is held to a tenth of the bound."""
+    """True: the log-probs differ by rounding alone, and no action may lie beyond the bound. False: they differ in
+    precision; rare actions may lie beyond the bound, since one token in a million must not end a long run, but the mean
+    gap must stay below a tenth of it."""
 
 
 def check_sampler(batch: TrainingBatch, agreement: Agreement, version: int) -> dict[str, float]:
-    """The gap between sampling and training log-probs (largest, mean), and the policy's entropy as its samples show it.
+    """The gap between sampling and training log-probs (largest, mean), and the policy's entropy estimated from samples.
 
-    Actions that an older version of the policy sampled are left out: these weights did not draw them. TrainingError if the
-    others are not this policy's; nothing was learnt from the step then.
+    The gap leaves out actions that an older version of the policy sampled. Raises TrainingError, before anything is
+    learnt from the step, if the others were not sampled by this policy.
     """
     entropy = -masked_sum(batch.old_logprobs, batch.mask) / batch.mask.sum()
     current = batch.mask if batch.policy_version is None else batch.mask & (batch.policy_version == version)
@@ -41,12 +42,12 @@ def check_sampler(batch: TrainingBatch, agreement: Agreement, version: int) -> d
     if count == 0:
         return metrics
     largest, mean = gaps.max().item(), (gaps.sum() / count).item()
-    beyond = int((~(gaps < agreement.bound)).sum())  # also those that are no numbers
+    beyond = int((~(gaps < agreement.bound)).sum())  # counts NaN, too
     wrong = beyond > 0 if agreement.exact else beyond > max(1, SHARE_BEYOND * count)
     if wrong or not (agreement.exact or mean < MEAN_OF_BOUND * agreement.bound):
         raise TrainingError(
             f"Sampling and training log-probs of the same action differ by up to {largest:.3g} nats in step {version} "
-            f"({mean:.3g} on average, {beyond} of {count} by more than {agreement.bound:g}): they are not the same policy. "
-            f"Nothing was trained in this step. {agreement.remedy}"
+            f"({mean:.3g} on average, {beyond} of {count} by more than {agreement.bound:g}): sampler and learner "
+            f"are not the same policy. Nothing was trained in this step. {agreement.remedy}"
         )
     return metrics | {"sampler_gap": largest, "sampler_gap_mean": mean}

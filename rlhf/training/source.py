@@ -1,4 +1,4 @@
-"""Where trajectories come from: the port between whoever collects and the learner."""
+"""The interface between the learner and the sources of its trajectories."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +14,16 @@ class Collected:
 
     trajectories: Trajectories
     metrics: Mapping[str, float]
-    """Global numbers that show before anything is learnt."""
+    """Metrics of the rollout before the update, global."""
     samples: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    """The first rows, for people to read: lines of completions.jsonl. "row" is the row's place in the global batch."""
+    """The first rows, lines of completions.jsonl for people to read. "row" is the row's place in the global batch."""
 
 
 class Source(Part, Protocol):
-    """Collects one step's trajectories after the other: prompts and an engine, environments, or a wrapper of another
-    source. Every process has one and collects its share. Its `state(step)` is what it was before it collected `step`, or
-    None if it cannot go back there."""
+    """Collects the trajectories of one step after another, from prompts and an engine, from environments, or by
+    wrapping another source. Every process has one and collects its share. `state(step)` is its state before it
+    collected `step`, or None if it cannot return there."""
 
     def collect(self, step: int) -> Collected:
-        """The trajectories of step `step`, sampled by the policy as it is now unless they say otherwise."""
+        """The trajectories of step `step`, sampled by the current policy unless `policy_version` says otherwise."""
         ...

@@ -1,7 +1,7 @@
-"""How optimizer steps are made: a minibatch of rows -> gradients, microbatch by microbatch, on one or many processes.
+"""Optimizer steps: a minibatch of rows -> gradients, microbatch by microbatch, on one or many processes.
 
-The optimizer step does not depend on how rows are spread over processes or cut into microbatches: every process holds the
-whole batch, and denominators are those of the minibatch.
+An optimizer step does not depend on how rows are spread over processes or cut into microbatches: every process holds
+the whole batch, and denominators are those of the whole minibatch.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,31 +21,31 @@ from rlhf.training.sums import MetricSums
 from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
 
 Minibatch = Tensor | None
-"""The rows of a minibatch, (rows,) int64; None for all of the batch."""
+"""The rows of a minibatch, (rows,) int64; None for the whole batch."""
 StopReason = Literal["target_kl", "gradient"]
 
 
 class Outcome(NamedTuple):
-    """How many optimizer steps were made; `stopped_by` says why the next one was not, if minibatches were left."""
+    """Number of optimizer steps made, and why the next one was not; `stopped_by` is None if no minibatch was left."""
 
     steps: int
     stopped_by: StopReason | None = None
 
 
 class Stepper(Protocol):
-    """What makes the optimizer steps of a run, from the model, the algorithm and the optimizer; made once."""
+    """Makes the optimizer steps of a run, with its model, algorithm and optimizer; created once."""
 
     def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
-        """One step per minibatch, until one would exceed the target KL or has a gradient that is not finite.
+        """Makes one step per minibatch; stops before one with a KL above the target or a gradient that is not finite.
 
-        Such a step is not made. Metrics are added to `sums`. Afterwards the policy's parameters and the optimizer's state
-        are those of the last step made, whatever the stepper keeps meanwhile.
+        Adds metrics to `sums`. Afterwards the policy's parameters and the optimizer's state are those of the last step
+        made, whatever copies the stepper keeps.
         """
         ...
 
 
 class EagerStepper:
-    """Operation by operation: for every model, optimizer and number of processes."""
+    """Runs operation by operation, without compilation: for every model, optimizer and number of processes."""
 
     def __init__(
         self,
@@ -58,16 +58,27 @@ class EagerStepper:
         target_kl: float | None,
         microbatch_tokens: int,
     ) -> None:
-        self.policy, self.algorithm, self.optimizer, self.distributed = policy, algorithm, optimizer, distributed
-        self.max_grad_norm, self.target_kl, self.microbatch_tokens = max_grad_norm, target_kl, microbatch_tokens
-        self.parameters = list(policy.parameters())  # finding them anew for each step takes as long as clipping
-        self._alone = distributed.world_size == 1 and distributed.strategy == "NO"  # gradients lie in the parameters
+        """Keeps what every step needs.
+
+        Args:
+            policy, optimizer: As `distributed.prepare` returned them.
+            max_grad_norm, target_kl, microbatch_tokens: The settings of `UpdateConfig`.
+        """
+        self.policy = policy
+        self.algorithm = algorithm
+        self.optimizer = optimizer
+        self.distributed = distributed
+        self.max_grad_norm = max_grad_norm
+        self.target_kl = target_kl
+        self.microbatch_tokens = microbatch_tokens
+        self.parameters = list(policy.parameters())  # listing them in each step would take as long as clipping
+        self._alone = distributed.world_size == 1 and distributed.strategy == "NO"  # gradients are in the parameters
 
     def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
         try:
             return self._run(batch, minibatches, sums, self._step)
         finally:
-            self._clear_gradients()  # their memory
+            self._clear_gradients()  # frees their memory
 
     def _run(
         self,
@@ -76,7 +87,10 @@ class EagerStepper:
         sums: MetricSums,
         make_step: Callable[[], Tensor],
     ) -> Outcome:
-        whiten_advantages, whole, one, steps = self.algorithm.whiten_minibatch, None, batch.old_logprobs.new_ones(()), 0
+        whiten_advantages = self.algorithm.whiten_minibatch
+        whole: TrainingBatch | None = None
+        one = batch.old_logprobs.new_ones(())
+        steps = 0
         for rows in minibatches:
             if rows is not None:
                 minibatch = prepare_minibatch(batch.select(rows), whiten_advantages)
@@ -94,11 +108,12 @@ class EagerStepper:
         return Outcome(steps)
 
     def _accumulate_gradients(self, minibatch: TrainingBatch, sums: MetricSums) -> Tensor | None:
-        """Add up this process's part of the minibatch's gradient.
+        """Adds up this process's part of the minibatch's gradient.
 
-        Returns its part of the mean KL(old || policy), if there is a target for it.
+        Returns its part of the mean KL(old || policy), or None without a `target_kl`.
         """
-        group, kl = self.distributed, None if self.target_kl is None else minibatch.old_logprobs.new_zeros(())
+        group = self.distributed
+        kl = None if self.target_kl is None else minibatch.old_logprobs.new_zeros(())
         microbatches = split_minibatch(minibatch, self.microbatch_tokens, group.rank, group.world_size)
         for number, microbatch in enumerate(microbatches):
             with group.accumulate(self.policy, last=number == len(microbatches) - 1):
@@ -110,7 +125,7 @@ class EagerStepper:
         return kl
 
     def _step(self) -> Tensor:
-        """Clip the gradient and apply it, if it is finite; its norm before."""
+        """Clips the gradient and applies it, if it is finite; returns its norm before clipping."""
         if self._alone:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         else:
@@ -128,7 +143,7 @@ class EagerStepper:
 
 
 def trained_parameters(policy: Module, algorithm: Algorithm, batch: TrainingBatch) -> dict[str, Parameter]:
-    """The parameters that the loss gives a gradient, by name: TRPO's gives the policy's none."""
+    """The parameters that get a gradient from the loss, by name. TRPO's loss gives none to the policy's parameters."""
     minibatch = prepare_minibatch(batch.select(slice(0, 1)), whiten_advantages=False)
     candidates = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     with torch.enable_grad():
@@ -139,7 +154,7 @@ def trained_parameters(policy: Module, algorithm: Algorithm, batch: TrainingBatc
 
 
 def prepare_minibatch(minibatch: TrainingBatch, whiten_advantages: bool) -> TrainingBatch:
-    """The minibatch with its global denominators; no collective, since every process holds all of it."""
+    """The minibatch with its global denominators; needs no collective, since every process holds all of it."""
     made: dict[int, Tensor] = {}  # terms often share one count
     for weighting in minibatch.weightings.values():
         if id(weighting.count) not in made:
@@ -152,7 +167,7 @@ def prepare_minibatch(minibatch: TrainingBatch, whiten_advantages: bool) -> Trai
 
 
 def forward(policy: Callable[..., PolicyOutputs], algorithm: Algorithm, batch: TrainingBatch) -> PolicyOutputs:
-    """The policy's outputs on a microbatch, as far as the algorithm needs them."""
+    """The policy's outputs on a microbatch, only those that the algorithm needs."""
     needs = algorithm.needs
     old = {"old_distribution": batch.old_distribution} if batch.old_distribution is not None else {}
     return policy(batch.inputs, batch.actions, with_values="values" in needs, with_entropy="entropy" in needs, **old)
@@ -161,10 +176,10 @@ def forward(policy: Callable[..., PolicyOutputs], algorithm: Algorithm, batch: T
 def split_minibatch(
     minibatch: TrainingBatch, microbatch_tokens: int, rank: int, world_size: int
 ) -> list[TrainingBatch]:
-    """This process's microbatches: its share of the rows, of similar length together, cut to their longest row.
+    """This process's microbatches: its share of the rows, grouped by similar length, each cut to its longest row.
 
-    All processes get the same number, because sharded models exchange weights in every forward; one that has run out of
-    rows computes a row of weight 0.
+    All processes get the same number of microbatches, so that each takes part in every exchange between processes; one
+    that has run out of rows computes a row of weight 0.
     """
     if world_size == 1 and minibatch.actions.shape[1] == 1 and minibatch.rows <= microbatch_tokens:
         return [minibatch]  # control tasks: nothing to sort, nothing to cut
@@ -181,7 +196,7 @@ def split_minibatch(
 
 
 def _fill(tokens: list[int], rows: range, limit: int) -> list[list[int]]:
-    """Rows sorted by length, in groups whose padded size (rows x longest) keeps to `limit`; a longer row stands alone."""
+    """Groups of rows sorted by length, whose padded size (rows x longest) is at most `limit`; a longer row is alone."""
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda row: -tokens[row]):
         if groups and (len(groups[-1]) + 1) * tokens[groups[-1][0]] <= limit:

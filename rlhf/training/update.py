@@ -1,7 +1,7 @@
-"""From a batch of advantages to new weights: epochs x minibatches, for every algorithm with a loss.
+"""The update, from a batch with advantages to new weights: epochs x minibatches, the same for every algorithm.
 
-Every process holds the whole batch, and membership of a minibatch is a function of (seed, step, epoch).
-The steps themselves are made by steppers.py.
+Every process holds the whole batch, and (seed, step, epoch) determine the rows of each minibatch. steppers.py makes the
+optimizer steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,16 +26,16 @@ from rlhf.types import TrainingBatch
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
-    """How one batch becomes optimizer steps. Sizes are global: over all processes."""
+    """How one batch is split into optimizer steps. minibatch_size is global: over all processes."""
 
     num_epochs: int = 4
     """Passes over each batch."""
     minibatch_size: int | None = 64
-    """Rows (completions; transitions on control tasks) per optimizer step; all of them if null."""
+    """Rows (completions; transitions on control tasks) per optimizer step; the whole batch if null."""
     microbatch_tokens: int = 16_384
-    """About how many tokens one process holds in memory at once: changes memory and speed, results only by rounding."""
+    """About how many tokens one process computes at once. Changes memory and speed, and results only by rounding."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this global norm."""
+    """Gradient clipping: the gradient is scaled down to at most this global norm."""
     target_kl: float | None = None
     """Stop the step's remaining updates once KL(old || policy) of a minibatch exceeds 1.5 times this; off if null."""
 
@@ -46,7 +46,10 @@ class UpdateConfig:
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}.")
         if not self.max_grad_norm > 0 or (self.target_kl is not None and not self.target_kl > 0):
-            raise InputError("max_grad_norm and target_kl must be above 0; use target_kl null for no stop.")
+            raise InputError(
+                f"max_grad_norm={self.max_grad_norm} and target_kl={self.target_kl} must be above 0; set target_kl to "
+                "null to never stop early."
+            )
 
 
 def update(
@@ -61,16 +64,25 @@ def update(
     step: int,
     state: State | None = None,
 ) -> dict[str, float]:
-    """Train `policy` on the global `batch` (equal on all processes); the step's mean metrics, global.
+    """Trains `policy` on the global `batch` (equal on all processes).
 
-    policy: module called as policy(inputs, actions, with_values=, with_entropy=) -> PolicyOutputs, with
-    old_distribution= too if the algorithm needs "distribution". stepper: from make_stepper, for this policy. state: what
-    the algorithm adapts, changed in place.
-    Raises TrainingError if a gradient is not finite; it is not applied.
+    Args:
+        policy: Called as policy(inputs, actions, with_values=, with_entropy=) -> PolicyOutputs, also with
+            old_distribution= if the algorithm needs "distribution".
+        stepper: From `make_stepper`, for this policy.
+        seed, step: Determine the minibatches.
+        state: What the algorithm adapts; changed in place.
+
+    Returns:
+        The step's mean metrics, global.
+
+    Raises:
+        TrainingError: A gradient is not finite; it is not applied.
     """
     state = {} if state is None else state
     metrics = dict(batch.metrics) | algorithm.full_batch_step(distributed.unwrap(policy), batch, distributed)
-    sums, steps = MetricSums(), 0
+    sums = MetricSums()
+    steps = 0
     epochs = _epochs(batch, config, seed, step)
     for minibatches in epochs if algorithm.measures_kl == "epoch" else [list(chain.from_iterable(epochs))]:
         outcome = stepper.run(batch, minibatches, sums)
@@ -95,7 +107,12 @@ def make_stepper(
     distributed: Distributed,
     kind: Callable[..., Stepper] = EagerStepper,
 ) -> Stepper:
-    """What makes the optimizer steps of a run. Make it once: what it keeps (a compiled graph) serves all updates."""
+    """Creates the stepper of a run. Call it once: what the stepper keeps (a compiled graph) serves all updates.
+
+    Args:
+        policy, optimizer: As `distributed.prepare` returned them.
+        kind: The class of the stepper.
+    """
     return kind(
         policy,
         algorithm,
@@ -108,9 +125,9 @@ def make_stepper(
 
 
 def _epochs(batch: TrainingBatch, config: UpdateConfig, seed: int, step: int) -> list[Sequence[Minibatch]]:
-    """The minibatches of each epoch, in an order that (seed, step, epoch) decides."""
+    """The minibatches of each epoch, in an order determined by (seed, step, epoch)."""
     size = config.minibatch_size
-    if size is None or size >= batch.rows:  # each is the whole batch, whose order does not matter
+    if size is None or size >= batch.rows:  # each minibatch is the whole batch; its order does not matter
         return [[None]] * config.num_epochs
     orders = permutation(batch.rows, seed, MINIBATCH, step, torch.arange(config.num_epochs))
     return [order.split(size) for order in orders.to(batch.actions.device)]
@@ -125,12 +142,13 @@ def _adapt(
     distributed: Distributed,
     state: State,
 ) -> dict[str, float]:
-    """Measure KL(old || policy) over the whole batch and let the algorithm adapt to it."""
+    """Measures KL(old || policy) over the whole batch and lets the algorithm adapt to it."""
     total = batch.old_logprobs.new_zeros(())
     for microbatch in split_minibatch(batch, config.microbatch_tokens, distributed.rank, distributed.world_size):
-        outputs, mask = forward(policy, algorithm, microbatch), microbatch.weightings["policy"].weight != 0
+        outputs = forward(policy, algorithm, microbatch)
+        mask = microbatch.weightings["policy"].weight != 0
         kl = outputs.kl
-        if kl is None:  # tokens: no exact one, but k3 of samples of the old policy
+        if kl is None:  # language models have no exact KL: k3 of the old policy's samples
             kl = kl_estimate(microbatch.old_logprobs, outputs.logprobs, "k3")
         total = total + masked_sum(kl, mask)
     measured = (distributed.all_sum(total) / batch.mask.sum()).item()

@@ -1,4 +1,4 @@
-"""A module's weights by name, for checkpoints and to tell models apart."""
+"""A module's weights by name, for checkpoints, and their fingerprint, to tell models apart."""
 
 from collections.abc import Mapping
 
@@ -15,13 +15,13 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_named_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's tensors into the module; names and shapes must agree."""
+    """Copies a checkpoint's tensors into the module. Raises InputError if names or shapes differ."""
     own = named_tensors(module)
     if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
         different = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
         raise InputError(
             f"The checkpoint is of another model: {', '.join(different[:3])} differ(s). "
-            "Resume with the policy the run was started with, or start anew in another output_dir."
+            "Resume with the policy that the run was started with, or start a new run in another output_dir."
         )
     with torch.no_grad():
         for name, tensor in own.items():
@@ -29,9 +29,9 @@ def load_named_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short text that changes when a weight does, or two change places, to notice another model on resume.
+    """A short text that changes when a weight changes or two weights swap, to notice another model on resume.
 
-    The weights' bits, each times a number of its place, summed modulo 2**64: exact, so equal on every device.
+    It sums the weights' bits, each times a number for its position, modulo 2**64: exact, so equal on every device.
     """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = 0
