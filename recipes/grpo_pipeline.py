@@ -17,7 +17,7 @@ from rlhf.data.rows import load_rows
 from rlhf.distributed import Distributed
 from rlhf.models.loading import end_tokens, load_causal_lm, load_tokenizer
 from rlhf.models.policy import Policy
-from rlhf.rollout.engine import Key, Request
+from rlhf.rollout.engine import Key, Request, completions_of
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.runs.curves import plot_curves
 from rlhf.trainers.config import GRPOTrainerConfig
@@ -102,7 +102,7 @@ def _answers(root: Path, folder: Path, config: GRPOTrainerConfig, distributed: D
             for copy in range(number)
         ]
         sampling = config.generation.sampling(end_tokens(lm, tokenizer.eos_token_id), greedy=greedy)
-        completions = [future.result() for future in engine.submit(requests, sampling)]
+        completions = completions_of(engine, requests, sampling)
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
         return texts, [len(completion.ids) for completion in completions]
 

@@ -15,7 +15,7 @@ from rlhf.distributed import Distributed
 from rlhf.errors import InputError
 from rlhf.models.loading import end_tokens, load_causal_lm, load_tokenizer
 from rlhf.models.policy import Policy
-from rlhf.rollout.engine import Completion, GenerationConfig, Key, Request
+from rlhf.rollout.engine import Completion, GenerationConfig, Key, Request, completions_of
 from rlhf.rollout.in_process import InProcessEngine
 
 
@@ -49,7 +49,7 @@ def complete(
     engine = InProcessEngine(Policy(lm).to(distributed.device), distributed)
     requests = [Request(data[0].ids, Key(seed, SAMPLING, turn, 0, copy)) for copy in range(num_completions)]
     sampling = config.sampling(end_tokens(lm, tokenizer.eos_token_id), greedy=greedy)
-    return [future.result() for future in engine.submit(requests, sampling)]
+    return completions_of(engine, requests, sampling)
 
 
 def _prompts(interactive: bool) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Language models as policies: a causal LM and an optional value head in one module."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -42,9 +43,9 @@ class Policy(nn.Module):
         self._own_forward = any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_TRANSFORMS)
         self.eval()
 
-    def weights(self) -> list[tuple[str, Tensor]]:
-        """The language model's weights by name, for an engine."""
-        return list(named_tensors(self.lm).items())
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Copies of the language model's weights by name, for an engine; made one at a time."""
+        return ((name, tensor.detach().clone()) for name, tensor in named_tensors(self.lm).items())
 
     def forward(
         self, inputs: Inputs, actions: Tensor, *, with_values: bool = False, with_entropy: bool = False

@@ -5,20 +5,21 @@ All sampling goes through a `RolloutEngine`: training, evaluation, the embedded 
 tests/rollout/conformance.py tests what every engine must do.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, TrainingError
 from rlhf.settings import check_types
 
 EndedBy = Literal["stop", "length", "aborted"]
 """What ended a completion: an end token, the length limit, or the engine, which gave up the request."""
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Function that returns the policy's weights by name; an engine calls it when it needs them."""
+"""Function that returns copies of the policy's weights by name; an engine calls it when it needs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,11 @@ class Request:
     """The prompt, or at a later turn all tokens so far."""
     key: Key
     max_new_tokens: int | None = None
-    """If set, replaces the limit of the `Sampling`."""
+    """If set, replaces the limit of the `Sampling`. At least 1."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"A request must have room for a token, got max_new_tokens={self.max_new_tokens}.")
 
 
 class Span(NamedTuple):
@@ -132,7 +137,7 @@ class RolloutEngine(Protocol):
     """Number of updates of the policy that new requests are sampled from."""
 
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[Completion]]:
-        """A future for each request, in order. Raises EngineLost, or the futures raise it."""
+        """A future for each request, in order. All requests share seed and stream. Raises EngineLost, or the futures do."""
         ...
 
     def sync(self, weights: Weights, version: int, *, in_flight: Literal["wait", "continue"] = "wait") -> None:
@@ -146,4 +151,74 @@ class RolloutEngine(Protocol):
         """Make a lost engine usable again. It has no weights until `sync` is called."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what the engine holds. Called by whoever made it."""
+        ...
+
+
+def hand_over(engine: RolloutEngine, weights: Weights, version: int) -> None:
+    """Sync the engine, and raise TrainingError if it does not say that it has these weights."""
+    engine.sync(weights, version)
+    if engine.version != version:
+        raise TrainingError(
+            f"The engine was given the weights after {version} updates and says that it samples from those after "
+            f"{engine.version}: mend its sync."
+        )
+
+
+def completions_of(
+    engine: RolloutEngine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    timeout_s: float | None = None,
+    weights: Weights | None = None,
+) -> list[Completion]:
+    """The engine's completions of `requests`, in order.
+
+    Args:
+        engine: samples.
+        requests: what to complete.
+        sampling: how tokens are drawn.
+        timeout_s: seconds to wait for all of them; None: no limit.
+        weights: the policy's. With them an engine that is lost is restarted, synced and asked once more.
+
+    Raises:
+        TrainingError: The engine failed, took too long, or its answers do not fit the requests.
+    """
+    try:
+        try:
+            return _answers(engine, requests, sampling, timeout_s)
+        except EngineLost:
+            if weights is None:
+                raise
+            version = engine.version
+            engine.restart()
+            hand_over(engine, weights, version)
+            return _answers(engine, requests, sampling, timeout_s)
+    except TimeoutError as error:
+        raise TrainingError(
+            f"The engine did not give {len(requests)} completions within engine_timeout_s={timeout_s}. Nothing was trained "
+            "in this step. Look at the engine's own log, or raise engine_timeout_s."
+        ) from error
+    except (EngineLost, CancelledError) as error:
+        raise TrainingError(f"The engine was lost: {error!r}. Start it again and resume the run.") from error
+
+
+def _answers(
+    engine: RolloutEngine, requests: Sequence[Request], sampling: Sampling, timeout_s: float | None
+) -> list[Completion]:
+    give_up = None if timeout_s is None else time.monotonic() + timeout_s
+    futures = engine.submit(requests, sampling)
+    if len(futures) != len(requests):
+        raise TrainingError(f"The engine gave {len(futures)} answers to {len(requests)} requests: mend it.")
+    answers = [f.result(None if give_up is None else max(0.0, give_up - time.monotonic())) for f in futures]
+    for index, answer in enumerate(answers):
+        tokens = len(answer.ids)
+        covered = [place for span in answer.versions for place in range(span.start, span.end)]
+        if len(answer.logprobs) != tokens or covered != list(range(tokens)):
+            raise TrainingError(
+                f"The engine's answer to request {index} has {tokens} tokens, {len(answer.logprobs)} log-probs and the "
+                f"versions {answer.versions}, which must cover the tokens in order: mend the engine."
+            )
+    return answers

@@ -80,7 +80,7 @@ class InProcessEngine:
         size = len(groups[0].requests)
         device = lm.device
         requests = [request for group in groups for request in group.requests]
-        limits = [request.max_new_tokens or sampling.max_new_tokens for request in requests]
+        limits = [request.max_new_tokens or sampling.max_new_tokens for request in requests]  # never 0
         draws = _Draws([request.key for request in requests], device)
         ids, attention = left_pad([group.ids for group in groups], device)
         cache = DynamicCache(config=lm.config)

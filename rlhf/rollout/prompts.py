@@ -8,8 +8,9 @@ from rlhf.core.masking import masked_sum
 from rlhf.core.random import EVALUATION, SAMPLING
 from rlhf.data.prompts import Prompt, PromptDataset
 from rlhf.distributed import Distributed
+from rlhf.errors import TrainingError
 from rlhf.rewards.combine import Rewards, completion_texts
-from rlhf.rollout.engine import Key, Request, RolloutEngine, Sampling
+from rlhf.rollout.engine import Completion, Key, Request, RolloutEngine, Sampling, Weights, completions_of
 from rlhf.rollout.episode import single_turn
 from rlhf.rollout.sampled import MissingEOS, Sampled, final_scores, length_metrics, lines, no_episodes, rollout_metrics
 from rlhf.rollout.scoring import Scorer
@@ -28,6 +29,10 @@ class Sampler:
     seed: int
     max_steps: int = 0
     """Number of steps of the run, passed to the reward functions."""
+    engine_timeout_s: float | None = None
+    """Seconds to wait for the engine's completions of a step; None: no limit."""
+    weights: Weights | None = None
+    """The policy's weights, with which a lost engine is synced after a restart; None: a lost engine ends the run."""
     allow_unscored: bool = False
     """Leave an episode out of learning if every reward function abstains on it, instead of raising an error."""
 
@@ -55,11 +60,14 @@ class Sampler:
             return no_episodes(self.rewards.names)
         drawn = step if drawn_as is None else drawn_as
         requests = [
-            Request(prompt.ids, Key(self.seed, stream, drawn, slot, copy))
+            Request(list(prompt.ids), Key(self.seed, stream, drawn, slot, copy))
             for prompt, slot in zip(prompts, slots, strict=True)
             for copy in range(copies)
         ]
-        completions = [future.result() for future in self.engine.submit(requests, self.sampling)]
+        completions = completions_of(
+            self.engine, requests, self.sampling, timeout_s=self.engine_timeout_s, weights=self.weights
+        )
+        _check_versions(completions, self.engine.version)
         repeated = [prompt for prompt in prompts for _ in range(copies)]
         texts = [prompt.prompt for prompt in repeated]
         ids = [completion.ids for completion in completions]
@@ -77,6 +85,16 @@ class Sampler:
             row_index=[slot * copies + copy for slot in slots for copy in range(copies)],
             episodes=[single_turn(p.ids, c) for p, c in zip(repeated, completions, strict=True)],
             rewards=rewards,
+        )
+
+
+def _check_versions(completions: Sequence[Completion], version: int) -> None:
+    """TrainingError if a completion comes from other weights than those that the engine has, while none was in flight."""
+    found = {span.version for completion in completions for span in completion.versions}
+    if found - {version}:
+        raise TrainingError(
+            f"The engine has the weights after {version} updates and says that it sampled with those after "
+            f"{', '.join(map(str, sorted(found)))}. Nothing was trained in this step. Check the engine."
         )
 
 

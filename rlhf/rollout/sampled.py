@@ -84,10 +84,12 @@ def final_scores(sampled: Sampled, missing_eos: MissingEOS, value: float) -> lis
     """Scores of the episodes, changed by `missing_eos` for those without an end token.
 
     "keep" leaves such a score, "replace" sets it to `value` (N+ detail 23: -1), "subtract" subtracts `value` from it
-    (TRL's missing_eos_penalty). None: the episode has no score.
+    (TRL's missing_eos_penalty). None: the episode has no score, or no token that could learn from it.
     """
 
     def final(score: float | None, episode: Episode) -> float | None:
+        if not any(episode.sampled):
+            return None
         if episode.ended == "stop" or missing_eos == "keep":
             return score
         if missing_eos == "replace":
@@ -106,7 +108,7 @@ def rollout_metrics(
     for part in sampled:
         scores = [score for score in part.rewards.scores if score is not None]
         sums.add(_mean("score", scores) | _mean("score_std", [s * s for s in scores]))
-        sums.add(_mean("completion_length", [len(episode.ids) for episode in part.episodes]))
+        sums.add(_mean("completion_length", [sum(episode.sampled) for episode in part.episodes]))
         sums.add(_mean("truncated_fraction", [episode.ended != "stop" for episode in part.episodes]))
     own = [name for total in totals for name in total]
     for name in sorted(set(distributed.gather_objects(own))):  # a metric may be logged on some processes only
@@ -123,12 +125,12 @@ def rollout_metrics(
 
 
 def length_metrics(sampled: Sequence[Sampled], verdict: str, distributed: Distributed) -> dict[str, float]:
-    """Completion lengths of the step over all processes, in tokens.
+    """Completion lengths of the step over all processes, in sampled tokens.
 
     Minimum, maximum, and means over the completions that ended, that are right and that are wrong (by `verdict`).
     """
     mine = [
-        (len(episode.ids), episode.ended == "stop", score)
+        (sum(episode.sampled), episode.ended == "stop", score)
         for part in sampled
         for episode, score in zip(part.episodes, part.rewards.per_function[verdict], strict=True)
     ]

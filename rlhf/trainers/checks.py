@@ -60,6 +60,15 @@ def check_model(lm: PreTrainedModel, tokenizer: Any, config: TrainerConfig, *dat
         )
 
 
+def engine_note(engine: RolloutEngine) -> str | None:
+    """The line that says what a run with this engine cannot promise; None if it promises everything."""
+    if engine.promises.stateless:
+        return None
+    return (
+        "note: this engine's completions depend on what else it computes, so an equal or resumed run gives other ones"
+    )
+
+
 def agreement_with(engine: RolloutEngine, lm: PreTrainedModel) -> Agreement:
     """How far the engine's log-probs may be from those of the training forward, as the engine promises."""
     remedy = (

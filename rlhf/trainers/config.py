@@ -48,6 +48,8 @@ class TrainerConfig:
     """One weight per reward; all 1 if null."""
     reward_timeout_s: float | None = 300.0
     """Seconds that one reward function may take for one process's completions of a step; null: no limit."""
+    engine_timeout_s: float | None = 3600.0
+    """Seconds that the engine may take for one process's completions of a step; null: no limit."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     eval_every: int = 0
@@ -77,8 +79,10 @@ class TrainerConfig:
         for name in ("warmup_steps", "weight_decay", "eval_every", "checkpoint_every", "log_completions"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}.")
-        if self.reward_timeout_s is not None and not 0 < self.reward_timeout_s < float("inf"):
-            raise InputError(f"reward_timeout_s={self.reward_timeout_s}: give seconds above 0, or null for no limit.")
+        for name in ("reward_timeout_s", "engine_timeout_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds < float("inf"):
+                raise InputError(f"{name}={seconds}: give seconds above 0, or null for no limit.")
         if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if not 0 <= self.seed < 2**32:

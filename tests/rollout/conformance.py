@@ -34,8 +34,10 @@ def answers(engine: RolloutEngine, asked: Sequence[Request], sampling: Sampling 
 
 
 def assert_equal(engine: RolloutEngine, got: Sequence[Completion], wanted: Sequence[Completion]) -> None:
-    """The same tokens, ends and versions, and log-probs as near as the engine promises."""
+    """The same tokens, ends and versions, and log-probs as near as the engine promises; as many, if it has state."""
     for one, other in zip(got, wanted, strict=True):
+        if not engine.promises.stateless:
+            continue
         assert (one.ids, one.ended, one.versions) == (other.ids, other.ended, other.versions)
         assert one.logprobs == pytest.approx(
             other.logprobs, abs=512 * EPS if engine.promises.exact else engine.promises.logprob_gap
@@ -76,12 +78,15 @@ class Conformance:
         mixed = [r if i % 2 else Request(r.ids, r.key, max_new_tokens=2) for i, r in enumerate(asked)]
         whole, cut = answers(engine, asked), answers(engine, mixed)
         for i, (long, short) in enumerate(zip(whole, cut, strict=True)):
+            assert len(short.ids) <= (SAMPLED.max_new_tokens if i % 2 else 2)
+            if not engine.promises.stateless:
+                continue
             assert short.ids == (long.ids if i % 2 else long.ids[:2])
             assert short.ended == (long.ended if i % 2 or len(long.ids) <= 2 else "length")
 
     def test_versions_are_those_of_the_last_sync_and_cover_every_token(self, engine, lm):
-        for version in (7, 12):
-            engine.sync(lambda: named_tensors(lm).items(), version)
+        for version, in_flight in ((7, "wait"), (12, "wait"), (13, "continue")):
+            engine.sync(lambda: named_tensors(lm).items(), version, in_flight=in_flight)
             assert engine.version == version
             for completion in answers(engine, requests(copies=1)):
                 spans = completion.versions
@@ -105,7 +110,7 @@ class Conformance:
         found = [answers(engine, requests(prompt, copies=2, **kind), hot) for kind in kinds]
         found.append(answers(engine, requests([PROMPTS[0]] * 2, copies=1), hot)[1:])  # another slot
         texts = [tuple(completion.ids) for completions in found for completion in completions]
-        assert len(set(texts)) == len(texts) == 11
+        assert len(set(texts)) == len(texts) == 11  # one chance in 10^9 that two of them agree
 
     def test_greedy_completions_take_the_likeliest_token_each_time(self, engine, lm):
         greedy = Sampling(max_new_tokens=8, temperature=0.7, end_ids=(tiny.EOS,), greedy=True)
@@ -120,7 +125,7 @@ class Conformance:
         episodes = [single_turn(r.ids, c) for r, c in zip(asked, found, strict=True)]
         scored = score(episodes, [0.0] * len(episodes), Policy(lm, temperature=SAMPLED.temperature))
         gaps = (scored.sampling_logprobs - scored.old_logprobs)[scored.mask].abs()
-        assert gaps.max() < (1e-4 if engine.promises.exact else engine.promises.logprob_gap)
+        assert gaps.max() < (1024 * EPS if engine.promises.exact else engine.promises.logprob_gap)
         assert gaps.mean() < 0.1 * engine.promises.logprob_gap
 
     def test_a_later_turn_goes_on_from_every_token_so_far(self, engine, lm):
@@ -130,7 +135,7 @@ class Conformance:
         (second,) = answers(engine, requests([text], copies=1, turn=1))
         scored = score([single_turn(text, second)], [0.0], Policy(lm, temperature=SAMPLED.temperature))
         gaps = (scored.sampling_logprobs - scored.old_logprobs)[scored.mask].abs()
-        assert gaps.max() < max(1e-4, 0.0 if engine.promises.exact else engine.promises.logprob_gap)
+        assert gaps.max() < (1024 * EPS if engine.promises.exact else engine.promises.logprob_gap)
 
     def test_after_a_restart_and_a_sync_it_answers_as_before(self, engine, lm):
         before = answers(engine, requests())

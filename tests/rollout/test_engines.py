@@ -1,12 +1,15 @@
 """Two engines behind one port: both keep what an engine promises, and both trainers run on either."""
 
+from concurrent.futures import Future
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rlhf import GRPOConfig, GRPOTrainer, GRPOTrainerConfig, TrainingError, UpdateConfig
 from rlhf.core.random import EVALUATION, SAMPLING, uniform
 from rlhf.models.policy import Policy
-from rlhf.rollout.engine import GenerationConfig, Promises, RolloutEngine
+from rlhf.rollout.engine import EngineLost, GenerationConfig, Promises, RolloutEngine
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.runs.jsonlines import read_metrics
 from tests import tiny
@@ -47,6 +50,20 @@ class TestScripted(Conformance):
         return ScriptedEngine(slow_script(lm))
 
 
+class TestWithState(Conformance):
+    """An engine as servers are: what it draws depends on what it drew before, and its log-probs are rough."""
+
+    def make(self, lm) -> RolloutEngine:
+        count = iter(range(10**6))
+        script = slow_script(lm)
+
+        def drawn_anew(request, sampling):
+            ids, logprobs = script(replace(request, key=request.key._replace(step=next(count))), sampling)
+            return ids, [min(0.0, value + 0.02 * (-1) ** place) for place, value in enumerate(logprobs)]
+
+        return ScriptedEngine(drawn_anew, promises=Promises(stateless=False, exact=False, logprob_gap=0.5))
+
+
 def ppo(out, lm, **options):
     settings = {"total_steps": 3, "eval_dataset": tiny.rows(["abc"]), "eval_every": 2, "ppo": {"kl_target": 0.5}}
     return tiny.trainer(out, lm=lm, **{**settings, **options})
@@ -78,11 +95,11 @@ def test_both_trainers_run_on_another_engine_through_the_port_alone(name, tmp_pa
     engine = ScriptedEngine(slow_script(lm))
     scripted = TRAINERS[name](tmp_path / "scripted", lm, engine=engine)
     scripted.train()
-    assert [version for version, _ in engine.synced] == [0, 1, 2, 3]
+    assert [version for version, _ in engine.synced] == [0, 0, 1, 2, 3]  # made, begun, and after each step
     assert not torch.equal(
         *(
             weights["lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"]
-            for _, weights in engine.synced[:2]
+            for _, weights in engine.synced[1:3]
         )
     )
     streams = {request.key.stream for request in engine.asked}
@@ -122,3 +139,147 @@ def test_an_engine_that_promises_less_is_held_to_what_it_promises(tmp_path):
     engine = ScriptedEngine(rough, promises=Promises(stateless=False, exact=False, logprob_gap=0.5))
     ppo(tmp_path, lm, engine=engine).train()
     assert max(line["sampler_gap"] for line in read_metrics(tmp_path)) == pytest.approx(0.05, abs=1e-4)
+
+
+# --- engines that fail ---
+
+
+class Fails(ScriptedEngine):
+    """Does something else than answer, from the `at`-th submission of training on."""
+
+    def __init__(self, lm, instead, at: int = 2) -> None:
+        super().__init__(slow_script(lm))
+        self.instead = instead
+        self.left = at
+
+    def submit(self, requests, sampling):
+        self.left -= 1
+        return super().submit(requests, sampling) if self.left else self.instead(self, requests, sampling)
+
+
+def loses(engine, requests, sampling):
+    raise EngineLost("the server is gone")
+
+
+def loses_late(engine, requests, sampling):
+    futures = super(Fails, engine).submit(requests, sampling)
+    futures[-1] = Future()
+    futures[-1].set_exception(EngineLost("the server is gone"))
+    return futures
+
+
+def hangs(engine, requests, sampling):
+    return [Future() for _ in requests]
+
+
+def cancels(engine, requests, sampling):
+    futures = hangs(engine, requests, sampling)
+    for future in futures:
+        future.cancel()
+    return futures
+
+
+def answers_less(engine, requests, sampling):
+    return super(Fails, engine).submit(requests[1:], sampling)
+
+
+def leaves_out_a_version(engine, requests, sampling):
+    futures = super(Fails, engine).submit(requests, sampling)
+    whole = futures[3].result()
+    futures[3] = Future()
+    futures[3].set_result(replace(whole, versions=[]))
+    return futures
+
+
+def leaves_out_logprobs(engine, requests, sampling):
+    futures = super(Fails, engine).submit(requests, sampling)
+    whole = futures[0].result()
+    futures[0] = Future()
+    futures[0].set_result(replace(whole, logprobs=whole.logprobs[:-1]))
+    return futures
+
+
+@pytest.mark.parametrize("lost", [loses, loses_late])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_lost_engine_is_started_again_and_the_run_is_what_it_would_have_been(lost, name, tmp_path):
+    lm = tiny.causal_lm(num_hidden_layers=1)
+    TRAINERS[name](tmp_path / "whole", lm, engine=ScriptedEngine(slow_script(lm))).train()
+    lm = tiny.causal_lm(num_hidden_layers=1)
+    engine = Fails(lm, lost)
+    TRAINERS[name](tmp_path / "lost", lm, engine=engine).train()
+    assert engine.restarts == 1
+    assert (tmp_path / "lost/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("instead", "message"),
+    [
+        (hangs, r"within engine_timeout_s=0\.2.*Nothing was trained"),
+        (cancels, "engine was lost"),
+        (answers_less, r"answers to \d+ requests"),
+        (leaves_out_a_version, r"request 3 .*versions \[\]"),
+        (leaves_out_logprobs, r"request 0 .*log-probs"),
+    ],
+)
+def test_an_engine_that_does_not_answer_as_it_should_ends_the_run_with_the_steps_so_far(instead, message, tmp_path):
+    lm = tiny.causal_lm(num_hidden_layers=1)
+    trainer = ppo(tmp_path, lm, engine=Fails(lm, instead), eval_dataset=None, engine_timeout_s=0.2)
+    with pytest.raises(TrainingError, match=message):
+        trainer.train()
+    assert len(read_metrics(tmp_path)) == 1 and (tmp_path / "checkpoints" / "step-000001").is_dir()
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_step_after_which_the_engine_takes_no_weights_is_logged_and_saved(name, tmp_path):
+    class Full(ScriptedEngine):
+        def sync(self, weights, version, **options):
+            if version == 2:
+                raise OSError("no room for the weights")
+            super().sync(weights, version, **options)
+
+    lm = tiny.causal_lm(num_hidden_layers=1)
+    with pytest.raises(OSError, match="no room"):
+        TRAINERS[name](tmp_path, lm, engine=Full(slow_script(lm))).train()
+    assert len(read_metrics(tmp_path)) == 2 and (tmp_path / "checkpoints" / "step-000002").is_dir()
+
+
+def test_an_engine_that_has_no_weights_yet_can_be_asked_before_the_run(tmp_path):
+    lm = tiny.causal_lm(num_hidden_layers=1)
+    trainer = ppo(tmp_path, lm, engine=ScriptedEngine(slow_script(lm)))
+    assert "eval/score" in trainer.evaluate()
+
+
+def test_a_run_says_that_an_engine_with_state_repeats_nothing(tmp_path, capsys):
+    lm = tiny.causal_lm(num_hidden_layers=1)
+    engine = ScriptedEngine(slow_script(lm), promises=Promises(stateless=False, exact=True, logprob_gap=0.1))
+    ppo(tmp_path, lm, engine=engine, total_steps=1).train()
+    assert "note: this engine's completions depend on what else it computes" in capsys.readouterr().out
+
+
+class Stays(ScriptedEngine):
+    """It never takes new weights, and says so."""
+
+    def sync(self, weights, version, **options):
+        self.version = 0
+
+
+class Lies(ScriptedEngine):
+    """It never takes new weights, and says so of its completions alone."""
+
+    def submit(self, requests, sampling):
+        says, self.version = self.version, 0
+        futures = super().submit(requests, sampling)
+        self.version = says
+        return futures
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Stays, "mend its sync"), (Lies, "with those after 0. Nothing was trained")]
+)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_an_engine_that_stays_on_its_first_weights_ends_the_run(name, kind, message, tmp_path):
+    lm = tiny.causal_lm(num_hidden_layers=1)
+    first = tiny.causal_lm(num_hidden_layers=1)
+    with pytest.raises(TrainingError, match=message):
+        TRAINERS[name](tmp_path, lm, engine=kind(slow_script(first))).train()
+    assert len(read_metrics(tmp_path)) == 1 and (tmp_path / "checkpoints" / "step-000001").is_dir()

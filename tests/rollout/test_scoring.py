@@ -8,11 +8,13 @@ import torch
 
 from rlhf.errors import TrainingError
 from rlhf.models.policy import Policy, frozen_copy
-from rlhf.rollout.episode import pack
-from rlhf.rollout.sampled import final_scores
+from rlhf.rollout.engine import Completion
+from rlhf.rollout.episode import Episode, pack
+from rlhf.rollout.sampled import final_scores, length_metrics, rollout_metrics
 from rlhf.rollout.scoring import check_finite
 from tests import tiny
-from tests.rollout.episodes import episode, sampled, score
+from tests.rollout.episodes import completion, episode, sampled, score
+from tests.rollout.sampling import alone
 
 CPU = torch.device("cpu")
 
@@ -112,6 +114,21 @@ def test_only_completions_cut_by_the_limit_are_treated_as_missing_eos_says(missi
     assert final_scores(sampled(made, [1.0, 2.0, -3.0]), missing_eos, -1.5) == expected
 
 
+def test_an_episode_without_a_sampled_token_has_no_score_that_its_group_could_count():
+    """As when an engine gives a request up: a score of 0 in its place would move the mean of the group."""
+    given_up = Episode.of_turns([3, 4], [(Completion([], [], "aborted", []), ())])
+    made = [given_up, episode([3, 4], [5, 2], ended=True)]
+    for missing_eos, value in (("keep", 0.0), ("replace", -1.0), ("subtract", 1.0)):
+        assert final_scores(sampled(made, [-5.0, -1.0]), missing_eos, value) == [None, -1.0]
+
+
+def test_lengths_count_what_was_sampled_and_not_what_was_inserted_between():
+    turns = [(completion([5, 6], ended=False), (7, 7, 7)), (completion([5]), ())]
+    made = sampled([Episode.of_turns([3], turns)], [1.0], per_function={"mine": [1.0]})
+    assert rollout_metrics([made], ["mine"], alone())["completion_length"] == 3
+    assert length_metrics([made], "mine", alone())["completion_length_max"] == 3
+
+
 # --- with a real policy -------------------------------------------------------------------------------------------------
 
 
@@ -128,9 +145,9 @@ def test_the_reference_and_the_policy_are_scored_alike(family):
     assert torch.equal(got.old_logprobs, got.ref_logprobs)
     far = score(episodes(rows), [0.0] * 5, policy, other, microbatch_tokens=30)
     assert (far.ref_logprobs - far.old_logprobs).abs()[far.mask].min() > 1e-3
-    for row, (prompt, completion) in enumerate(rows):  # by definition, one sequence alone
-        logits = other.lm(input_ids=torch.tensor([prompt + completion])).logits[0] / 0.7
-        for t, token in enumerate(completion):
+    for row, (prompt, ids) in enumerate(rows):  # by definition, one sequence alone
+        logits = other.lm(input_ids=torch.tensor([prompt + ids])).logits[0] / 0.7
+        for t, token in enumerate(ids):
             expected = logits.log_softmax(-1)[len(prompt) + t - 1, token].item()
             assert far.ref_logprobs[row, t].item() == pytest.approx(expected, abs=1e-8)
     assert not got.old_logprobs[~got.mask].any() and not far.ref_logprobs[~far.mask].any()
