@@ -131,7 +131,11 @@ class PromptDataset:
         digest = hashlib.sha256()
         for i in range(len(self)):
             prompt = self[i]
-            text = json.dumps([prompt.prompt, prompt.columns], sort_keys=True, default=repr)
+            given = [prompt.prompt, prompt.columns]
+            try:
+                text = json.dumps(given, sort_keys=True, default=_told)
+            except TypeError:  # keys of several types, which have no order
+                text = _told(given)
             digest.update(f"{len(text)}:{text}".encode(errors="surrogatepass"))
         return digest.hexdigest()
 
@@ -145,6 +149,16 @@ class PromptDataset:
             raise ValueError(f"cursor and count must not be negative, got {cursor} and {count}")
         positions = (divmod(p, len(self)) for p in range(cursor, cursor + count))
         return [_epoch_order(len(self), seed, epoch)[offset] for epoch, offset in positions]
+
+
+def _told(value: Any) -> str:
+    """A value that JSON lacks, as text that is the same in every process."""
+    if hasattr(value, "tobytes"):  # arrays, tensors' arrays, pictures
+        return hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, set | frozenset):  # in no order
+        return repr(sorted(map(_told, value)))
+    text = repr(value)
+    return type(value).__qualname__ if " at 0x" in text else text
 
 
 @lru_cache(maxsize=4)

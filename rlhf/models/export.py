@@ -1,7 +1,9 @@
 """Exports the trained policy in a form that stock transformers loads."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ def save_policy(policy: Policy, tokenizer: Any, final: Path) -> None:
     The folder is loaded again and compared with the policy bit for bit; raises TrainingError if they differ.
     """
     with written_beside(final) as temporary, _no_bars():
-        policy.lm.save_pretrained(temporary, state_dict=_apart(policy.lm))
+        policy.lm.save_pretrained(temporary, state_dict=_rewritten(policy.lm))
+        _declare(temporary, _widest(policy.lm))
         tokenizer.save_pretrained(temporary)
         if policy.value_head is not None:
             save_file(named_tensors(policy.value_head), temporary / "value_head.safetensors")
@@ -32,8 +35,9 @@ def save_policy(policy: Policy, tokenizer: Any, final: Path) -> None:
 
 def check_export(lm: PreTrainedModel, folder: Path) -> None:
     """Raise TrainingError if `folder` does not load as the weights of `lm`. Needs memory for a second copy of them."""
-    reopened = type(lm).from_pretrained(folder, dtype=lm.dtype).state_dict()
-    other = [name for name, tensor in lm.state_dict().items() if not _equal(tensor, reopened.get(name))]
+    reopened = type(lm).from_pretrained(folder, dtype="auto").state_dict()
+    widest = _widest(lm)
+    other = [name for name, tensor in lm.state_dict().items() if not _equal(_in(tensor, widest), reopened.get(name))]
     if other:
         raise TrainingError(
             f"{folder} does not load as the policy that was trained: {', '.join(other[:3])} differ when loaded "
@@ -42,14 +46,38 @@ def check_export(lm: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def _apart(lm: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The weights with a shared embedding written twice, if the configuration says that it is not shared; transformers
-    would write it once and initialise the other one randomly on loading. None: save as usual."""
+def _rewritten(lm: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The weights to write, where those of the model as they are would load as others; None: save as usual.
+
+    A shared embedding is written twice if the configuration says that it is not shared: transformers would write it once
+    and initialise the other one randomly on loading. Weights of several precisions (frozen bfloat16 beside trained
+    float32) are written in the widest, since transformers loads all of them in one.
+    """
     embeddings = lm.get_output_embeddings(), lm.get_input_embeddings()
     shared = all(e is not None for e in embeddings) and embeddings[0].weight is embeddings[1].weight
-    if not shared or lm.config.get_text_config().tie_word_embeddings:
+    apart = shared and not lm.config.get_text_config().tie_word_embeddings
+    widest = _widest(lm)
+    mixed = any(p.dtype != widest for p in lm.parameters())
+    if not apart and not mixed:
         return None
-    return {name: tensor.detach().clone() for name, tensor in lm.state_dict().items()}
+    return {name: _in(tensor.detach().clone(), widest) for name, tensor in lm.state_dict().items()}
+
+
+def _widest(lm: PreTrainedModel) -> torch.dtype:
+    return reduce(torch.promote_types, {p.dtype for p in lm.parameters()})
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _declare(folder: Path, dtype: torch.dtype) -> None:
+    """Let the saved configuration name this dtype: transformers writes that of the first weight."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    name = str(dtype).removeprefix("torch.")
+    if config.get("dtype") != name:
+        file.write_text(json.dumps(config | {"dtype": name}, indent=2, sort_keys=True) + "\n")
 
 
 def _equal(tensor: Tensor, other: Tensor | None) -> bool:

@@ -6,6 +6,7 @@ import logging
 import struct
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models
@@ -387,6 +388,22 @@ def test_the_fingerprint_of_the_content_is_of_prompts_and_columns_as_reward_func
     assert of() == of()
     others = [of(answer=3), of(hint=["x"]), of(hint=["y", "y"]), of(prompt="c")]
     assert len({of(), *others}) == 5
+
+
+class Thing:
+    """As a picture or an object of the user's: JSON does not know it."""
+
+
+def test_the_fingerprint_of_the_content_is_the_same_for_the_same_data_in_every_process():
+    """Neither an address in memory nor the order of a set counts; the numbers of an array do."""
+
+    def fingerprint(**columns):
+        return prompts_of(ListRows([{"prompt": "a", **columns}], "dataset")).content_fingerprint
+
+    assert fingerprint(x=Thing()) == fingerprint(x=Thing())
+    assert fingerprint(x=set("abc")) == fingerprint(x=set("cba")) != fingerprint(x=set("ab"))
+    assert fingerprint(x=np.arange(3)) == fingerprint(x=np.arange(3)) != fingerprint(x=np.arange(1, 4))
+    assert fingerprint(x={1: 2, "k": 3}) == fingerprint(x={1: 2, "k": 3}) != fingerprint(x={1: 2, "k": 4})
 
 
 def test_the_fingerprint_is_of_the_ids_and_their_grouping_alone(seven):

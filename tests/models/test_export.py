@@ -42,6 +42,21 @@ def test_a_run_on_a_shared_embedding_exports_what_it_trained(tmp_path):
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight  # and left the model as it was
 
 
+@pytest.mark.parametrize("frozen", ["mlp", "embed_tokens"])
+def test_frozen_bfloat16_beside_trained_float32_is_exported_exactly(frozen, tmp_path):
+    """Also where the first weight, by which transformers names the precision of all, is one of the frozen."""
+    lm = tiny.causal_lm(tie_word_embeddings=False)
+    for name, parameter in lm.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.bfloat16()
+    save_policy(Policy(lm), tiny.tokenizer(), tmp_path / "policy")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert opened.dtype == torch.float32
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], tensor.float()), name
+
+
 @pytest.mark.parametrize("damage", ["a number", "a missing tensor"])
 def test_an_export_that_is_another_policy_is_refused_and_named(damage, tmp_path):
     lm = tiny.causal_lm()
