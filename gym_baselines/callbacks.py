@@ -39,7 +39,8 @@ class _Every:
         self._passed = 0
 
     def is_due(self, agent: Agent) -> bool:
-        before, self._passed = self._passed, agent.environment_steps // self.every
+        before = self._passed
+        self._passed = agent.environment_steps // self.every
         return self._passed > before
 
 

@@ -108,7 +108,8 @@ class Normalizer(nn.Module):
         mean = all_sum(torch.where(counts, flat, 0.0).sum(0)) / count
         squares = all_sum((torch.where(counts, flat - mean, 0.0) ** 2).sum(0))
         before = self.count.double()
-        shift, total = mean - self.mean.double(), before + count
+        shift = mean - self.mean.double()
+        total = before + count
         merged = self.var.double() * before + squares + shift**2 * (before * count / total)
         self.mean += (shift * (count / total)).to(self.mean.dtype)
         self.var.copy_(merged / total)

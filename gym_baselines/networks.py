@@ -114,7 +114,8 @@ class ActorCritic(nn.Module):
         if features is not None:
             self.body, width = self._own_body(features, seed)
         elif self._uses_cnn():
-            self.body, width = NatureCNN(observation_space, generator), NatureCNN.width
+            self.body = NatureCNN(observation_space, generator)
+            width = NatureCNN.width
         elif config.shared_trunk and hidden:
             self.body = nn.Sequential(*hidden_layers([width, *hidden], config.activation, generator))
             width = hidden[-1]

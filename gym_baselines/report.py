@@ -6,7 +6,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gym_baselines.config import TrainConfig
-from rlhf.runs.reporting import Display
+from rlhf.runs.reporting import Display, unheard
 
 TENSORBOARD_NAMES = {  # ours -> Stable-Baselines3's
     "episode_return": "rollout/ep_rew_mean",
@@ -34,7 +34,8 @@ class EnvironmentBar(Display):
 
     def show(self, metrics: Mapping[str, float], seconds: float) -> None:
         self._made, self._steps = int(metrics["environment_steps"]) - self._steps, int(metrics["environment_steps"])
-        self._bar.update(self._made)
+        with unheard():
+            self._bar.update(self._made)
         if "episode_return" in metrics:
             self._bar.set_postfix_str(f"mean return of recent episodes {metrics['episode_return']:.1f}", refresh=False)
 
@@ -48,4 +49,5 @@ class EnvironmentBar(Display):
         return self._steps, named
 
     def close(self) -> None:
-        self._bar.close()
+        with unheard():
+            self._bar.close()

@@ -49,11 +49,14 @@ class EnvironmentSource:
         self.recent: deque[tuple[float, float]] = deque(maxlen=100)  # (return, length) of the last finished episodes
         self.rollouts = 0
         """Complete rollouts; -1 while one is played, since environments and weights then belong to different steps."""
+        self._began: tuple[int, Saved] | None = None  # the rollout begun last, and the state before it
         self.restarted: list[int] = []
         """Rows whose episodes `load` could not continue, so that they began new ones."""
 
     def collect(self, step: int) -> Collected:
         """Collect one rollout of every environment, continuing where the last one stopped."""
+        if self.distributed.world_size == 1:  # several processes save nothing after an error
+            self._began = (step, self._now())
         self.rollouts = -1
         rollout = self.collector.collect(self.rollout_steps, step)
         trajectories = rollout.trajectories
@@ -76,9 +79,13 @@ class EnvironmentSource:
             self.policy.normalizer.update(observations, trajectories.mask, self.distributed.all_sum)
 
     def state(self, step: int) -> Saved | None:
-        """The environments' states and the counters after `step` rollouts; None if the environments are not there."""
-        if self.rollouts != step:
-            return None
+        """The environments' states and the counters after `step` rollouts; also if the rollout after them has failed."""
+        if self.rollouts == step:
+            return self._now()
+        began, before = self._began or (None, None)
+        return before if began == step else None
+
+    def _now(self) -> Saved:
         rows = self.distributed.gather_objects([row_states(self.collector, self.reward_scale)])
         tensors, numbers = to_checkpoint({row: state for part in rows for row, state in part.items()})
         values = {
@@ -88,7 +95,7 @@ class EnvironmentSource:
             "rollouts": self.rollouts,
             "recent": [list(pair) for pair in self.recent],
         }
-        return Saved(values, {"rows": tensors})
+        return Saved(values, {"rows": {name: tensor.clone() for name, tensor in tensors.items()}})
 
     def load(self, saved: Saved) -> None:
         """Restore what `state` saved; `restarted` then lists the rows whose episodes could not be restored."""

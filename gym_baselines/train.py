@@ -173,9 +173,10 @@ class Training:
                 before = agent.environment_steps
                 step = run.step
                 metrics = self.train_step()
-                if self._due(config.eval_every, before):
-                    metrics |= self.evaluate()
-                run.log(metrics)
+                try:
+                    metrics |= self.evaluate() if self._due(config.eval_every, before) else {}
+                finally:  # the update is logged, and can be saved, even if the evaluation fails
+                    run.log(metrics)
                 run.notify("on_step_end", self, step, metrics)
                 if self._due(config.checkpoint_every, before):
                     run.save()
@@ -255,12 +256,13 @@ class Training:
         self.run.restore({"learner": self.learner, "source": self.source, "schedule": self.schedule})
         if not resumes:
             return
+        self.run.say(*self.learner.adapted)
         self.agent.environment_steps = self.source.environment_steps
         self.agent.recent_returns = [value for value, _ in self.source.recent]
         if self.source.restarted:
             self.run.say(
-                f"the environments {self.source.restarted} ({self.config.env}) do not replay their episodes, so they start "
-                "new ones: this run no longer equals the interrupted one bit for bit"
+                f"the environments {self.source.restarted} ({self.config.env}) do not replay their episodes, so they "
+                "start new ones: this run no longer equals the interrupted one bit for bit"
             )
 
     def _description(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from rlhf.models.export import save_policy
 from rlhf.models.loading import end_tokens, load_causal_lm
 from rlhf.models.policy import Policy, frozen_copy
 from rlhf.rewards.combine import Rewards
+from rlhf.rollout.engine import hand_over
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.rollout.prompts import PromptSource, Sampler, evaluate
 from rlhf.rollout.sampled import with_advantages
@@ -97,6 +98,8 @@ def train(recipe: PPORecipe) -> None:
         sampling=config.generation.sampling(end_tokens(lm, tokenizer.eos_token_id)),
         seed=config.seed,
         max_steps=config.total_steps,
+        engine_timeout_s=config.engine_timeout_s,
+        weights=policy.weights if distributed.world_size == 1 else None,
     )
     scorer = Scorer(
         policy=policy,
@@ -136,43 +139,43 @@ def train(recipe: PPORecipe) -> None:
         keep_checkpoints=config.keep_checkpoints,
         writes=POLICY_FOLDERS,
     )
-    run.open(resume=recipe.resume, overwrite=recipe.overwrite)
-    run.restore({"learner": learner, "source": source})
-    engine.sync(policy.weights, run.step)
-    run.say(*description(config, policy, prompts, held_out, rewards.names, distributed, completions_per_prompt=1), note)
+    with closing(run):
+        run.open(resume=recipe.resume, overwrite=recipe.overwrite)
+        run.restore({"learner": learner, "source": source})
+        hand_over(engine, policy.weights, run.step)
+        lines = description(config, policy, prompts, held_out, rewards.names, distributed, completions_per_prompt=1)
+        run.say(*lines, note, *learner.adapted)
 
-    first = run.step
-    total = config.total_steps
-    bar = StepBar(first_step=first, total_steps=total, hidden=not distributed.is_main)
-    with closing(run), run.training(bar):
-        while run.step < total and not run.stopping():
-            step = run.step
-            collected = source.collect(step)
-            learnt = learner.learn(
-                collected.trajectories,
-                step=step,
-                progress=step / total,
-                learning_rate=config.learning_rate_at(step),
-            )
-            engine.sync(policy.weights, step + 1)
-
-            metrics = {**collected.metrics, **learnt}
-            samples = collected.samples if config.is_due(config.log_completions_every, step) else []
-            if step == first:
-                run.say(first_check(learnt))
-            try:
-                if held_out is not None and config.is_due(config.eval_every, step):
-                    mine = distributed.share(len(held_out))
-                    _, scores = evaluate(held_out, mine, sampler, scorer, distributed, step=step)
-                    metrics |= {f"eval/{name}": value for name, value in scores.items()}
-            finally:  # log the step even if its evaluation fails
-                run.log(metrics, with_advantages(samples, learner.first_advantages))
-            if config.is_due(config.checkpoint_every, step):
-                run.save()
-        run.finish()
-        if distributed.is_main:
-            save_policy(policy, tokenizer, folder / "policy")
-        distributed.barrier()
+        first = run.step
+        total = config.total_steps
+        with run.training(StepBar(first_step=first, total_steps=total, hidden=not distributed.is_main)):
+            while run.step < total and not run.stopping():
+                step = run.step
+                collected = source.collect(step)
+                learnt = learner.learn(
+                    collected.trajectories,
+                    step=step,
+                    progress=step / total,
+                    learning_rate=config.learning_rate_at(step),
+                )
+                metrics = {**collected.metrics, **learnt}
+                samples = collected.samples if config.is_due(config.log_completions_every, step) else []
+                if step == first:
+                    run.say(first_check(learnt))
+                try:
+                    hand_over(engine, policy.weights, step + 1)
+                    if held_out is not None and config.is_due(config.eval_every, step):
+                        mine = distributed.share(len(held_out))
+                        _, scores = evaluate(held_out, mine, sampler, scorer, distributed, step=step)
+                        metrics |= {f"eval/{name}": value for name, value in scores.items()}
+                finally:  # log the step even if the engine or the evaluation fails
+                    run.log(metrics, with_advantages(samples, learner.first_advantages))
+                if config.is_due(config.checkpoint_every, step):
+                    run.save()
+            run.finish()
+            if distributed.is_main:
+                save_policy(policy, tokenizer, folder / "policy")
+            distributed.barrier()
     if distributed.is_main:
         say_where(folder / "policy")
 

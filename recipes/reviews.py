@@ -276,7 +276,8 @@ def _naming(prompt: str, openings: list[re.Match[str]]) -> float:
 
 def _substance(item: str, opinions: list[re.Match[str]]) -> float:
     """Opinions: specific praise counts most, each aspect once; misfits of any kind cost. -3.5 to 4.2."""
-    praise, reasons, seen = 0.0, 0.0, set()
+    praise, reasons = 0.0, 0.0
+    seen = set()
     for match in opinions:
         name = match["rated"] or match["found"]
         adjective = match["adjective"]

@@ -4,6 +4,7 @@ What is promised of these two objects is checked in both worlds, by short runs o
 object breaks a control run and a token run alike.
 """
 
+import gc
 import os
 import signal
 import subprocess
@@ -17,19 +18,26 @@ from typing import Any
 import pytest
 import torch
 
-from gym_baselines import preset
+from gym_baselines import PPO, preset
 from gym_baselines.agent import WEIGHTS_FILE
+from gym_baselines.collect import Collector
 from gym_baselines.config import with_settings
+from gym_baselines.envs.environments import EnvironmentConfig, make_vector_env
+from gym_baselines.networks import ActorCritic
+from gym_baselines.report import EnvironmentBar
 from gym_baselines.train import Training
-from rlhf import Callback, TrainingError
-from rlhf.runs.jsonlines import read_metrics
+from rlhf import Callback, InputError, Trainer, TrainingError
+from rlhf.rollout.prompts import PromptSource, Sampler
+from rlhf.runs.checkpoint import Saved
+from rlhf.runs.jsonlines import MetricsWriter, read_metrics
+from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
 from rlhf.runs.signals import Interrupted
 from rlhf.training.learner import Learner
 from tests import tiny
-from tests.controls import refute
 
 STEPS = 4
+ROOT = Path(__file__).parents[1]
 
 
 class World:
@@ -59,7 +67,7 @@ class Tokens(World):
 class Control(World):
     weights_file = WEIGHTS_FILE
 
-    def start(self, folder: Path, *, resume: bool = False, callbacks: Any = ()) -> Any:
+    def start(self, folder: Path, *, resume: bool = False, callbacks: Any = (), eval_every: int | None = None) -> Any:
         config = preset(
             "CartPole-v1",
             "ppo_penalty",
@@ -70,6 +78,7 @@ class Control(World):
             minibatch_size=None,
             lr_schedule="linear",
             checkpoint_every=None,
+            eval_every=eval_every,
             progress_bar=False,
             output_dir=str(folder),
         )
@@ -218,9 +227,8 @@ def begins_anew(patch: pytest.MonkeyPatch) -> None:
     opened = Run.open
 
     def forgetful(self, **options):
-        checkpoint = opened(self, **options)
+        opened(self, **options)
         self.step = self.saved_step = 0
-        return checkpoint
 
     patch.setattr(Run, "open", forgetful)
 
@@ -252,7 +260,8 @@ MUTANTS = [
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_mutant_of_either_object_breaks_a_run_of_each_world(world, mutant, promise, tmp_path, monkeypatch):
     mutant(monkeypatch)
-    refute(lambda _: promise(world, tmp_path), None)
+    with pytest.raises((AssertionError, InputError, TrainingError)):  # some are noticed by the run itself
+        promise(world, tmp_path)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -270,8 +279,186 @@ def test_a_sampler_that_is_no_longer_the_policy_ends_the_run_at_that_step_and_no
     with pytest.raises(TrainingError, match=r"up to 0\.05 nats in step 2 .*not the same policy"):
         world.start(tmp_path)
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
-    saved = (tmp_path / "checkpoints" / "step-000002").is_dir()
-    assert saved == isinstance(world, Tokens)  # environments have gone on: their last checkpoint would be used
+    assert (tmp_path / "checkpoints" / "step-000002").is_dir()
+
+
+# --- nothing trained is lost ---
+
+
+def fails_at(step: int, error: BaseException):
+    """A method in whose place the `step`-th call fails, and the others do what it did."""
+
+    def wrap(method):
+        calls = []
+
+        def failing(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == step:
+                raise error
+            return method(self, *args, **kwargs)
+
+        return failing
+
+    return wrap
+
+
+@pytest.mark.parametrize("place", ["evaluation", "log file", "progress bar", "the engine or environment"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_an_error_outside_the_update_loses_no_step(world, place, tmp_path, monkeypatch):
+    """The third step fails: two are saved if its rollout did, three if what followed its update did."""
+    token = isinstance(world, Tokens)
+    source = PromptSource if token else Collector
+    where = {
+        "evaluation": (Run, "notify"),
+        "log file": (MetricsWriter, "write"),
+        "progress bar": (StepBar if token else EnvironmentBar, "show"),
+        "the engine or environment": (source, "collect"),
+    }
+    owner, method = where[place]
+    call = 4 if place == "evaluation" else 3  # on_train_start is the first
+    monkeypatch.setattr(owner, method, fails_at(call, Breaks())(getattr(owner, method)))
+    with pytest.raises(Breaks):
+        world.start(tmp_path)
+    steps = 2 if place == "the engine or environment" else 3
+    assert (tmp_path / "checkpoints" / f"step-{steps:06d}").is_dir()
+    monkeypatch.undo()
+    assert world.start(tmp_path, resume=True).run.step >= STEPS
+
+
+def test_an_evaluation_that_fails_leaves_its_step_logged_and_saved(tmp_path, monkeypatch):
+    for name, owner in (("tokens", Trainer), ("control", Training)):
+        monkeypatch.setattr(owner, "evaluate", fails_at(2, Breaks())(owner.evaluate))
+        with pytest.raises(Breaks):
+            if name == "tokens":
+                settings = {"total_steps": STEPS, "eval_dataset": tiny.rows(["abc"]), "eval_every": 1}
+                tiny.trainer(tmp_path / name, **settings).train()
+            else:
+                Control().start(tmp_path / name, eval_every=64)
+        steps = len(read_metrics(tmp_path / name))
+        assert 2 <= steps <= 3 and (tmp_path / name / "checkpoints" / f"step-{steps:06d}").is_dir()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_run_whose_rollout_failed_in_its_middle_goes_on_from_the_step_before_to_the_same_bytes(
+    world, tmp_path, monkeypatch
+):
+    """The environments are put back to where they were when that rollout began."""
+    world.start(tmp_path / "whole")
+    owner, method, call = (Sampler, "__call__", 3) if isinstance(world, Tokens) else (ActorCritic, "sample", 40)
+    monkeypatch.setattr(owner, method, fails_at(call, Breaks())(getattr(owner, method)))
+    with pytest.raises(Breaks):
+        world.start(tmp_path / "parts")
+    monkeypatch.undo()
+    assert (tmp_path / "parts" / "checkpoints" / "step-000002").is_dir()
+    world.start(tmp_path / "parts", resume=True)
+    assert world.left(tmp_path / "parts") == world.left(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_callback_that_makes_a_step_of_its_own_ends_the_run_with_every_step_saved(world, tmp_path):
+    with pytest.raises(InputError, match=r"learn\(step=1\).*train\(\) alone calls train_step"):
+        world.start(tmp_path, callbacks=[At(0, lambda trainer: (trainer.train_step(), trainer.train_step()))])
+    assert (tmp_path / "checkpoints" / "step-000002").is_dir()
+
+
+DEAF = {
+    "tokens": "from tests import tiny; tiny.trainer({out!r}, total_steps=40).train()",
+    "control": "from gym_baselines.__main__ import main\n"
+    "main(['train', '--env', 'CartPole-v1', '--total_steps', '5000', '--output_dir', {out!r}])",
+}
+
+
+@pytest.mark.parametrize("name", DEAF)
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(name, tmp_path):
+    """As with `... 2>&1 | tee log` after Ctrl-C: the pipe's reader ends first."""
+    reader, writer = os.pipe()
+    run = subprocess.Popen(
+        [sys.executable, "-c", DEAF[name].format(out=str(tmp_path))], cwd=ROOT, stdout=writer, stderr=writer
+    )
+    os.close(writer)
+    while b"\n" not in (tmp_path / "metrics.jsonl").read_bytes() if (tmp_path / "metrics.jsonl").exists() else True:
+        assert run.poll() is None
+        time.sleep(0.05)
+    os.close(reader)
+    run.wait(timeout=120)
+    assert len(read_metrics(tmp_path)) >= (40 if name == "tokens" else 20)
+    assert (tmp_path / ("policy" if name == "tokens" else WEIGHTS_FILE)).exists()
+
+
+def test_workers_of_environments_leave_ctrl_c_to_the_trainer():
+    envs = make_vector_env("CartPole-v1", rows=range(2), seed=0, options=EnvironmentConfig(vectorization="async"))
+    envs.reset()
+    for process in envs.processes:
+        os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    observations, *_ = envs.step(envs.action_space.sample())
+    envs.close()
+    assert len(observations) == 2
+
+
+# --- what a run refuses costs nothing ---
+
+
+def test_a_checkpoint_of_another_model_deletes_nothing_even_with_overwrite(tmp_path):
+    options = {"total_steps": 1, "ppo": {"kl_coef": 0.0}}
+    tiny.trainer(tmp_path / "one", **options).train()
+    tiny.trainer(tmp_path / "two", lm=tiny.causal_lm(num_hidden_layers=1), **options).train()
+    before = sorted(path for path in (tmp_path / "one").rglob("*"))
+    trainer = tiny.trainer(tmp_path / "one", **options)
+    with pytest.raises(InputError):
+        trainer.train(resume=str(tmp_path / "two"), overwrite=True)
+    assert sorted(path for path in (tmp_path / "one").rglob("*")) == before
+    trainer.train(resume=True)  # and it is unlocked
+
+
+def test_resume_takes_paths_and_refuses_what_is_none(tmp_path):
+    tiny.trainer(tmp_path, total_steps=1).train()
+    longer = tiny.trainer(tmp_path, total_steps=2)
+    with pytest.raises(InputError, match=r"resume=1: give True, False, or the path"):
+        longer.train(resume=1)
+    longer.train(resume=tmp_path / "checkpoints" / "step-000001")
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_a_source_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path):
+    class Bare:
+        def __init__(self, prompts):
+            self.collect = prompts.collect
+
+    class Odd(Bare):
+        def state(self, step):
+            return Saved({1: "an integer key"})
+
+        def load(self, saved): ...
+
+    for kind, message in ((Bare, "needs the methods state"), (Odd, "JSON cannot hold")):
+        with pytest.raises(InputError, match=message):
+            tiny.trainer(tmp_path, source=kind).train()
+        assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_source_with_a_metric_that_nobody_knows_is_refused_before_it_is_learnt_from(tmp_path):
+    class Chatty:
+        def __init__(self, prompts):
+            self.prompts, self.state, self.load = prompts, prompts.state, prompts.load
+
+        def collect(self, step):
+            collected = self.prompts.collect(step)
+            return replace(collected, metrics={**collected.metrics, "custom/mine": 1.0, "staleness": 2.0})
+
+    trainer = tiny.trainer(tmp_path, source=Chatty)
+    with pytest.raises(InputError, match=r"metrics staleness are not in the table.*custom/NAME"):
+        trainer.train()
+    assert not trainer.learner.has_learnt
+
+
+def test_a_directory_is_free_again_when_its_run_is_gone(tmp_path):
+    agent = PPO("CartPole-v1", n_envs=2, n_steps=16, batch_size=32, output_dir=str(tmp_path))
+    agent.learn(32, progress_bar=False)
+    del agent
+    gc.collect()
+    again = PPO("CartPole-v1", n_envs=2, n_steps=16, batch_size=32, output_dir=str(tmp_path), resume=True)
+    again.learn(64, progress_bar=False)
 
 
 # --- signals ---

@@ -1,6 +1,8 @@
 """Makes environments for training and evaluation: checked, every reset seeded, never rendered in training."""
 
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -183,6 +185,7 @@ def make_vector_env(
     # copy=False: the collector copies observations into its own buffers anyway.
     envs: Any
     if options.vectorization == "async":
+        factories = [partial(_in_worker, factory, os.getpid()) for factory in factories]
         envs = AsyncVectorEnv(factories, copy=False, autoreset_mode=mode)
     else:
         envs = SyncVectorEnv(factories, copy=False, autoreset_mode=mode)
@@ -193,6 +196,13 @@ def make_vector_env(
     envs.replays = True
     envs.reports_games = envs.call("reports_games")[0]
     return envs
+
+
+def _in_worker(factory: Callable[[], gym.Env], trainer: int) -> gym.Env:
+    """Makes the environment, in a worker that leaves Ctrl-C to the trainer: the terminal sends it to all processes."""
+    if os.getpid() != trainer:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return factory()
 
 
 def check_environment(

@@ -105,7 +105,8 @@ class MultiCategorical:
 
     def __post_init__(self) -> None:
         """Index of each logit of each part in the parameters; the padding of shorter parts points one past the end."""
-        total, widest, places = sum(self.sizes), max(self.sizes), []
+        total, widest = sum(self.sizes), max(self.sizes)
+        places = []
         for size, end in zip(self.sizes, accumulate(self.sizes), strict=True):
             places += [*range(end - size, end), *[total] * (widest - size)]
         object.__setattr__(self, "_places", tuple(places))

@@ -178,7 +178,8 @@ class Worker:
     def _ask(self, arguments: bytes, give_up: float | None) -> dict[str, Any]:
         self._start()
         self._calls += 1
-        printed, answer = _Printed(self._output), bytearray()
+        printed = _Printed(self._output)
+        answer = bytearray()
         channel, control = self._channel.fileno(), self._control.fileno()
         sources = [channel, self._output, control]
         try:

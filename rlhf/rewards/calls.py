@@ -208,7 +208,9 @@ class RewardCall:
     """One reward function as `Rewards` calls it."""
 
     def __init__(self, function: Callable[..., Any], name: str, loop: EventLoop) -> None:
-        self.function, self.name, self.loop = function, name, loop
+        self.function = function
+        self.name = name
+        self.loop = loop
         self.signature: Signature = signature_of(function)
         self.order = 0 if isinstance(function, Isolated) else 1 if self.signature.is_async else 2
         """Start order: functions in workers, then async ones, so that both run while the others compute here."""

@@ -81,38 +81,44 @@ class RunDirectory:
         self.names = (*RUN_NAMES, *others)
         if keep is not None and keep < 1:
             raise InputError(f"The number of checkpoints to keep must be at least 1 (or null for all), got {keep}.")
-        self.path = Path(path)
-        self.checkpoints = Path(path) / "checkpoints"
+        self.path = Path(path).absolute()  # user code may change the working directory
+        self.checkpoints = self.path / "checkpoints"
         self.is_main = is_main
         self.barrier = barrier
         self.keep = keep
         self._lock: int | None = None
+        self._starts_over = False
+        self._discarded: list[Path] = []
+        self._damaged: list[Path] = []
 
-    def open(
-        self,
-        resume: bool | str = False,
-        overwrite: bool = False,
-        *,
-        accept: Callable[[Checkpoint], None] = lambda checkpoint: None,
-    ) -> Checkpoint | None:
-        """Claim the directory. Returns the checkpoint to continue from; None: start at step 0. All processes call it.
+    def __del__(self) -> None:
+        self.close()
+
+    def open(self, resume: bool | str | os.PathLike[str] = False, overwrite: bool = False) -> Checkpoint | None:
+        """`claim`, then `clear`."""
+        checkpoint = self.claim(resume, overwrite)
+        self.clear()
+        return checkpoint
+
+    def claim(self, resume: bool | str | os.PathLike[str] = False, overwrite: bool = False) -> Checkpoint | None:
+        """Lock the directory. Returns the checkpoint to continue from; None: start at step 0. All processes call it.
 
         resume: True for the newest good checkpoint here (None if the run died before its first), or the path of a
-        checkpoint or a run. overwrite: delete the files of a former run here. accept: called with the checkpoint before
-        anything is deleted; raises InputError if it is of another run.
+        checkpoint or a run. overwrite: `clear` deletes the files of a former run here.
         Raises InputError, without changing any of the user's files, if the directory cannot be used that way.
         """
+        if not isinstance(resume, bool | str | os.PathLike):
+            raise InputError(f"resume={resume!r}: give True, False, or the path of a checkpoint or a run.")
+        resume = resume if isinstance(resume, bool) else os.fspath(resume)
         if isinstance(resume, str) and Path(resume).resolve() == self.path.resolve():
             resume = True
         try:
             checkpoint = self.load(resume) if isinstance(resume, str) else None
-            if checkpoint is not None:
-                accept(checkpoint)
             if self.is_main:
                 self._claim(resume, overwrite)
             self.barrier()
-            if resume is True and (checkpoint := self.latest()) is not None:
-                accept(checkpoint)
+            if resume is True:
+                checkpoint = self.latest()
             start = checkpoint.step if checkpoint else -1
             later = [path for step, path in self._steps().items() if step > start]
             if later and isinstance(resume, str) and not overwrite:
@@ -121,21 +127,44 @@ class RunDirectory:
                     "another output_dir, or add overwrite."
                 )
             self.barrier()
-            for path in later if self.is_main else ():
-                discard(path) if isinstance(resume, str) else set_aside(path)  # damaged ones are kept as evidence
-            self.barrier()
         except OSError as error:
             self.close()
             raise InputError(f"output_dir={str(self.path)!r} cannot be used: {error}. Choose another one.") from error
         except InputError:
             self.close()
             raise
+        self._discarded = [] if resume is True else later
+        self._damaged = later if resume is True else []
         return checkpoint
+
+    def clear(self) -> None:
+        """Delete what the run that begins or goes on now replaces, as `claim` was told. All processes call it."""
+        if self.is_main and self._lock is not None:
+            if self._starts_over:
+                for path in self._steps().values():  # oldest first: if killed here, the newest checkpoint remains
+                    discard(path)
+                for name in self.names[1:]:
+                    path = self.path / name
+                    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+            else:
+                for path in self._discarded:
+                    discard(path)
+            for path in self._damaged:
+                set_aside(path)  # kept as evidence
+            for path in self.checkpoints.glob("step-*.tmp"):
+                if STEP_NAME.fullmatch(path.stem) and path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+            fsync(self.path)
+        self._starts_over = False
+        self._discarded = []
+        self._damaged = []
+        self.barrier()
 
     def close(self) -> None:
         """Release the lock. The end of the process releases it too."""
-        if self._lock is not None:
-            os.close(self._lock)
+        lock = getattr(self, "_lock", None)
+        if lock is not None:
+            os.close(lock)
             self._lock = None
 
     def _claim(self, resume: bool | str, overwrite: bool) -> None:
@@ -161,19 +190,10 @@ class RunDirectory:
                 f"{where} already holds a run. Continue it with resume, choose another output_dir, or replace it with "
                 "overwrite."
             )
-        if overwrite and not inside:
-            for path in self._steps().values():  # oldest first: if killed here, the newest checkpoint remains
-                discard(path)
-            for file in written:
-                file.unlink()
-            for name in self.names[1:]:
-                shutil.rmtree(self.path / name, ignore_errors=True)
+        self._starts_over = overwrite and not inside
         if not ours:
             write_file(mark, _RUN_MARK)
         self.checkpoints.mkdir(exist_ok=True)
-        for path in self.checkpoints.glob("step-*.tmp"):
-            if STEP_NAME.fullmatch(path.stem) and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
         fsync(self.path)
 
     def _take_lock(self, where: str) -> None:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from rlhf.errors import InputError
+
 
 class Metric(NamedTuple):
     description: str
@@ -98,6 +100,11 @@ _ROWS: dict[str, tuple[str, ...]] = {
         "nats",
         "above 1e-5 in float32, above 0.05 in bfloat16",
     ),
+    "stale_fraction": (
+        "share of the step's tokens or actions that older weights sampled, and with which the sampler is not compared",
+        "share",
+        "1: the engine never gets new weights",
+    ),
     "episode_return": ("mean undiscounted return of the last 100 finished episodes", "reward"),
     "episode_return_std": ("standard deviation of the evaluation's episode returns", "reward"),
     "action_std": ("mean standard deviation of the Gaussian policy", "action units", "grows, or falls to 0 early"),
@@ -106,6 +113,15 @@ _ROWS: dict[str, tuple[str, ...]] = {
 TABLE = {name: Metric(*row) for name, row in _ROWS.items()}
 """Every metric that a run may log, defined once. `<...>` in a name stands for any text without a slash."""
 _PATTERNS = [re.compile(re.sub("<[a-z]+>", "[^/]+", name)) for name in TABLE]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise InputError if a source of trajectories reports metrics that `TABLE` does not define."""
+    if unknown := unknown_names(names):
+        raise InputError(
+            f"source: its metrics {', '.join(unknown)} are not in the table of metrics. Name metrics of your own "
+            "custom/NAME. Nothing was trained in this step."
+        )
 
 
 def unknown_names(names: Iterable[str]) -> list[str]:

@@ -1,14 +1,21 @@
 """Console output of a run: report lines and a progress bar."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from tqdm.auto import tqdm
 
 
+def unheard() -> AbstractContextManager[None]:
+    """Ignore that nobody reads the output any more (a closed terminal, a pipe whose reader ended): the run goes on."""
+    return suppress(OSError, ValueError)  # ValueError: the file is closed
+
+
 def say(text: str) -> None:
     """Print one line of a run's report, without garbling the progress bar."""
-    tqdm.write(f"rlhf: {text}")
+    with unheard():
+        tqdm.write(f"rlhf: {text}")
 
 
 class Display:
@@ -37,7 +44,9 @@ class StepBar(Display):
     def show(self, metrics: Mapping[str, float], seconds: float) -> None:
         shown = {name: metrics[metric] for metric, name in ON_BAR.items() if metric in metrics}
         self._bar.set_postfix({n: f"{v:.3g}" for n, v in {**shown, "s/step": seconds}.items()}, refresh=False)
-        self._bar.update()
+        with unheard():
+            self._bar.update()
 
     def close(self) -> None:
-        self._bar.close()
+        with unheard():
+            self._bar.close()

@@ -13,6 +13,7 @@
 Language models and control tasks both use this class; each saves its own named parts.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from rlhf.distributed import Distributed
+from rlhf.errors import InputError
 from rlhf.runs.callbacks import Callback
 from rlhf.runs.checkpoint import Checkpoint, Part
 from rlhf.runs.directory import RunDirectory
@@ -97,13 +99,13 @@ class Run:
         """
         if self.directory is None:
             return
-        changed: list[str] = []
-
-        def accept(checkpoint: Checkpoint) -> None:
-            changed.extend(check_resumable(checkpoint.config, self.description, must_match=self.must_match))
-
-        checkpoint = self.directory.open(resume, overwrite, accept=accept)
+        checkpoint = self.directory.claim(resume, overwrite)
         if checkpoint is not None:
+            try:
+                changed = check_resumable(checkpoint.config, self.description, must_match=self.must_match)
+            except InputError:
+                self.close()
+                raise
             self.say(f"resumed from {checkpoint.path}", *[f"changed since: {note}" for note in changed])
         self.step = self.saved_step = checkpoint.step if checkpoint else 0
         self._checkpoint = checkpoint
@@ -114,17 +116,20 @@ class Run:
         return self._checkpoint is not None
 
     def restore(self, parts: Mapping[str, Part]) -> None:
-        """Register the parts that `save` saves, by name, and load them from the checkpoint that `open` found, if any.
+        """Register the parts that `save` saves, by name, load them from the checkpoint that `open` found, if any, and then
+        delete what the run replaces.
 
-        Raises InputError, and unlocks the directory, if the checkpoint lacks one of the parts.
+        Raises InputError, and unlocks the directory, if the checkpoint does not fit the parts, or a part cannot be saved.
         """
         checkpoint, self._checkpoint = self._checkpoint, None
         self._parts = parts
-        if checkpoint is None:
-            return
         try:
             for name, part in parts.items():
-                part.load(checkpoint.part(name))
+                _check_part(name, part)
+                if checkpoint is not None:
+                    part.load(checkpoint.part(name))
+            if self.directory is not None:
+                self.directory.clear()
         except BaseException:
             self.close()
             raise
@@ -141,8 +146,11 @@ class Run:
             self.say(*self.distributed.notes)
             with waiting_signals() as self._signals:
                 yield
-        except BaseException:
-            self._rescue()
+        except BaseException as error:
+            try:
+                self._rescue()
+            except Exception as failure:
+                error.add_note(f"rlhf: the completed steps could not be saved: {failure}")
             raise
         finally:
             self._close_logs()
@@ -177,14 +185,14 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the completed steps, unless there is one. All processes call it, between two steps."""
-        saved = self._save()
+        saved = self._save(self.step)
         assert saved, "save() may only be called between two steps"
 
-    def _save(self) -> bool:
-        """Save all parts. Returns False, and saves nothing, if a part is in the middle of a step."""
-        if self.directory is None or self.saved_step == self.step:
+    def _save(self, step: int) -> bool:
+        """Save all parts as they are after `step` steps. Returns False, and saves nothing, if a part is not there."""
+        if self.directory is None or self.saved_step == step:
             return True
-        states = {name: part.state(self.step) for name, part in self._parts.items()}
+        states = {name: part.state(step) for name, part in self._parts.items()}
         parts = {name: state for name, state in states.items() if state is not None}
         if len(parts) < len(states):
             return False
@@ -193,8 +201,8 @@ class Run:
         tensors = [group for saved in parts.values() for group in saved.tensors.items()]
         assert len(dict(tensors)) == len(tensors), "two parts save tensors under the same name"
         values = {name: saved.values for name, saved in parts.items()}
-        self.directory.save(self.step, dict(tensors), values, config=self.description)
-        self.saved_step = self.step
+        self.directory.save(step, dict(tensors), values, config=self.description)
+        self.saved_step = step
         return True
 
     def finish(self) -> None:
@@ -233,10 +241,11 @@ class Run:
     def _rescue(self) -> None:
         """After an error, save the completed steps. Not with several processes: a checkpoint needs all of them, and they
         may be at different points."""
-        if self.distributed.world_size > 1 or self.directory is None or self.step == self.saved_step:
+        if self.distributed.world_size > 1 or self.directory is None:
             return
-        if self._save():
-            self.say(f"stopped; {self.saved}")
+        before = self.saved_step
+        if self._save(self.step + 1) or self._save(self.step):  # the error may have come between learning and logging
+            self.say(f"stopped; {self.saved}" if self.saved_step > before else None)
 
     def _open_logs(self) -> None:
         """Open the logs, and delete lines of steps that this run will repeat (left by an interrupted run)."""
@@ -262,3 +271,20 @@ class Run:
             file.close()
         self._metrics = self._samples = None
         self.distributed.close()
+
+
+def _check_part(name: str, part: Any) -> None:
+    """Raise InputError now, rather than at the first save, if a part cannot say what it takes to continue."""
+    kind = type(part).__name__
+    if not all(callable(getattr(part, method, None)) for method in ("state", "load")):
+        raise InputError(f"{name}: {kind} needs the methods state(step) and load(saved), see `Part`.")
+    saved = part.state(0)
+    try:
+        same = saved is None or json.loads(json.dumps(saved.values)) == saved.values
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise InputError(
+            f"{name}: JSON cannot hold what {kind}.state gives: {str(saved)[:200]}. Use text, numbers, lists, and "
+            "dictionaries whose keys are text."
+        )

@@ -82,7 +82,9 @@ def identity(
 
 def first_check(metrics: Mapping[str, float]) -> str:
     """The line printed after the first step: gaps between policy, sampler and reference. metrics: from the learner."""
-    gap, kl = metrics["sampler_gap"], metrics.get("reward_kl")
-    return f"check: sampling and training log-probs differ by at most {gap:.2g} (ratio within {gap:.2g} of 1); " + (
-        "no reference" if kl is None else f"KL(policy || reference) = {kl:.3g} nats per completion"
-    )
+    gap, kl = metrics.get("sampler_gap"), metrics.get("reward_kl")
+    sampled = "older weights sampled every token of this step"
+    if gap is not None:
+        sampled = f"sampling and training log-probs differ by at most {gap:.2g} (ratio within {gap:.2g} of 1)"
+    reference = "no reference" if kl is None else f"KL(policy || reference) = {kl:.3g} nats per completion"
+    return f"check: {sampled}; {reference}"

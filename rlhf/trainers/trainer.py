@@ -15,15 +15,16 @@ from rlhf.models.export import save_policy
 from rlhf.models.loading import end_tokens, load_causal_lm
 from rlhf.models.policy import Policy, frozen_copy
 from rlhf.rewards.combine import Rewards
-from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.engine import RolloutEngine, hand_over
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.rollout.prompts import PromptSource, Sampler, evaluate
 from rlhf.rollout.sampled import with_advantages
 from rlhf.rollout.scoring import Scorer
 from rlhf.runs.callbacks import Callback
+from rlhf.runs.metrics import check_names
 from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
-from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards
+from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards, engine_note
 from rlhf.trainers.config import TrainerConfig
 from rlhf.trainers.inputs import Reward, Rows, adamw, as_list, prompts_of, reward_of, tokenizer_of
 from rlhf.trainers.report import MUST_MATCH, POLICY_FOLDERS, description, first_check, identity
@@ -64,7 +65,7 @@ class Trainer:
             eval_dataset: held-out prompts, in the same forms as `dataset`.
             reference: the reference policy; by default a frozen copy of `policy` as it is now.
             callbacks: notified of the run's start, steps, evaluations and end.
-            engine: samples the completions; by default from the policy itself, in this process.
+            engine: samples the completions; by default the policy itself, in this process. The caller closes it.
             source: makes the source of trajectories from the data set's `PromptSource`; default: `_wrapped`.
         """
         rewards, config = self._with_own_rewards(as_list(rewards), config)
@@ -111,14 +112,17 @@ class Trainer:
         config = self.config
         distributed = self.distributed
         needs = self.algorithm.needs
-        temperature = config.generation.temperature
+        generation = config.generation
         self.reference: Policy | None = None
         if "reference" in needs:
             other = load_causal_lm(reference, setting="reference") if isinstance(reference, str) else reference or lm
-            self.reference = frozen_copy(other, temperature=temperature).to(distributed.device)
-        self.policy = Policy(lm, temperature=temperature, value_head="values" in needs).to(distributed.device)
-        at_once = config.generation.completions_at_once
+            self.reference = frozen_copy(other, temperature=generation.temperature).to(distributed.device)
+        self.policy = Policy(lm, temperature=generation.temperature, value_head="values" in needs).to(
+            distributed.device
+        )
+        at_once = generation.completions_at_once
         self.engine = engine or InProcessEngine(self.policy, distributed, completions_at_once=at_once)
+        hand_over(self.engine, self.policy.weights, 0)
         self.learner = Learner(
             self.policy,
             self.algorithm,
@@ -139,6 +143,8 @@ class Trainer:
             sampling=config.generation.sampling(end_tokens(self.policy.lm, self.tokenizer.eos_token_id)),
             seed=config.seed,
             max_steps=config.total_steps,
+            engine_timeout_s=config.engine_timeout_s,
+            weights=self.policy.weights if self.distributed.world_size == 1 else None,
             allow_unscored=self.allow_unscored,
         )
         self.scorer = Scorer(
@@ -178,15 +184,15 @@ class Trainer:
                 run.notify("on_train_start", self)
                 while run.step < config.total_steps and not run.stopping():
                     step = run.step
-                    saves = config.is_due(config.checkpoint_every, step)
                     evaluates = self.eval_data is not None and config.is_due(config.eval_every, step)
                     metrics = self.train_step()
                     try:
+                        hand_over(self.engine, self.policy.weights, step + 1)
                         metrics |= self.evaluate() if evaluates else {}
-                    finally:  # the step is logged even if the evaluation fails
+                    finally:  # the step is logged, and can be saved, even if the engine or the evaluation fails
                         run.log(metrics, self.samples)
                     run.notify("on_step_end", self, step, metrics)
-                    if saves:
+                    if config.is_due(config.checkpoint_every, step):
                         run.save()
                 run.finish()
                 self.save_policy()
@@ -200,13 +206,13 @@ class Trainer:
         config = self.config
         step = self.step
         collected = self.source.collect(step)
+        check_names(self._named(collected.metrics))
         learnt = self.learner.learn(
             collected.trajectories,
             step=step,
             progress=step / config.total_steps,
             learning_rate=config.learning_rate_at(step),
         )
-        self.engine.sync(self.policy.weights, step + 1)
         if not self._said_check:
             self.run.say(first_check(learnt))
             self._said_check = True
@@ -217,10 +223,9 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Samples and scores one completion per prompt of eval_dataset, with the same random draws every time."""
         data = self.eval_data
-        distributed = self.distributed
         assert data is not None, "evaluate() needs an eval_dataset"
-        mine = distributed.share(len(data))
-        _, metrics = evaluate(data, mine, self.sampler, self.scorer, distributed, step=self.step)
+        mine = self.distributed.share(len(data))
+        _, metrics = evaluate(data, mine, self.sampler, self.scorer, self.distributed, step=self.step)
         metrics = {f"eval/{name}": value for name, value in self._named(metrics).items()}
         self.run.notify("on_evaluate", self, self.step, metrics)
         return metrics
@@ -238,8 +243,6 @@ class Trainer:
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
         self.run.should_stop = value
-
-    # ---- hooks for subclasses ----
 
     def make_algorithm(self) -> Algorithm:
         """The algorithm that `config` asks for."""
@@ -262,8 +265,6 @@ class Trainer:
         """The source of trajectories to use unless the user passes `source`."""
         return source
 
-    # ---- starting, saving, reporting ----
-
     def _begin(self, resume: bool | str, overwrite: bool) -> None:
         """Claims the output directory and, when resuming, restores the state of the checkpoint."""
         self._said_check = False
@@ -274,10 +275,10 @@ class Trainer:
             if not self.run.resumes:
                 self._require_untrained()
             self.run.restore({"learner": self.learner, "source": self.source})
-            self.engine.sync(self.policy.weights, self.step)
+            hand_over(self.engine, self.policy.weights, self.step)
             about = (self.config, self.policy, self.data, self.eval_data, self.rewards.names, self.distributed)
-            per_prompt = self.algorithm.completions_per_prompt
-            self.run.say(*description(*about, completions_per_prompt=per_prompt), self._note)
+            lines = description(*about, completions_per_prompt=self.algorithm.completions_per_prompt)
+            self.run.say(*lines, self._note, engine_note(self.engine), *self.learner.adapted)
         except BaseException:
             self.run.close()  # a refused run does not keep the directory locked
             raise

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from rlhf.algorithms.base import Algorithm
 from rlhf.distributed import Distributed
+from rlhf.errors import InputError
 from rlhf.runs.checkpoint import Saved
 from rlhf.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from rlhf.training.sampler import Agreement, check_sampler
@@ -76,6 +77,16 @@ class Learner:
         """Whether the policy's weights have been updated since it was given."""
         return bool(self.own_optimizer.state)
 
+    @property
+    def adapted(self) -> list[str]:
+        """Lines about the values that have adapted so far, and with which a resumed run goes on, whatever its settings."""
+        begins = self.algorithm.initial_state()
+        return [
+            f"{name} goes on at {value:g}, as adapted so far"
+            for name, value in self.algorithm_state.items()
+            if value != begins[name]
+        ]
+
     def learn(
         self, trajectories: Trajectories, *, step: int, progress: float, learning_rate: float
     ) -> dict[str, float]:
@@ -86,6 +97,11 @@ class Learner:
         policy sampled or numbers are not finite; if a gradient is not finite, earlier optimizer steps of this update
         remain applied.
         """
+        if step != self.updates:
+            raise InputError(
+                f"learn(step={step}): the policy has learnt {self.updates} steps, so that only step {self.updates} can be "
+                "next. In a run, train() alone calls train_step()."
+            )
         state = dict(self.algorithm_state)
         batch = self.algorithm.prepare(trajectories, progress, state, self.distributed.all_sum)
         batch = self.distributed.gather_batch(batch)

@@ -34,11 +34,18 @@ def check_sampler(batch: TrainingBatch, agreement: Agreement, version: int) -> d
     The gap leaves out actions that an older version of the policy sampled. Raises TrainingError, before anything is
     learnt from the step, if the others were not sampled by this policy.
     """
+    if batch.policy_version is not None and bool((batch.mask & (batch.policy_version > version)).any()):
+        newest = int(batch.policy_version[batch.mask].max())
+        raise TrainingError(
+            f"Tokens of step {version} are said to be sampled after {newest} updates. Check the engine."
+        )
     entropy = -masked_sum(batch.old_logprobs, batch.mask) / batch.mask.sum()
     current = batch.mask if batch.policy_version is None else batch.mask & (batch.policy_version == version)
     gaps = torch.where(current, batch.sampling_logprobs - batch.old_logprobs, 0.0).abs()
     count = int(current.sum())
     metrics = {"entropy": entropy.item()}
+    if count < int(batch.mask.sum()):
+        metrics["stale_fraction"] = 1.0 - count / int(batch.mask.sum())
     if count == 0:
         return metrics
     largest, mean = gaps.max().item(), (gaps.sum() / count).item()

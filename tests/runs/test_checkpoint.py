@@ -329,20 +329,31 @@ def test_a_bad_resume_path_deletes_nothing_even_with_overwrite(run, tmp_path):
         assert_is_exactly(run.latest(), 1)
 
 
-def test_a_checkpoint_that_is_refused_deletes_nothing_even_with_overwrite(run, tmp_path):
+def test_claiming_a_directory_deletes_nothing_before_it_is_cleared(run, tmp_path):
+    """Between the two, a run finds out whether the checkpoint fits it."""
     other = RunDirectory(tmp_path / "other")
     other.open()
     save(other, 4)
+    run.keep = None
     save(run, 1)
+    save(run, 2)
+    (run.path / "metrics.jsonl").write_text("mine")
     run.close()
-
-    def refuse(checkpoint):
-        raise InputError("of another run")
-
-    for resume in (str(other.path), str(run.checkpoints / "step-000001")):
-        with pytest.raises(InputError, match="of another run"):
-            RunDirectory(run.path).open(resume=resume, overwrite=True, accept=refuse)
-        assert_is_exactly(run.latest(), 1)
+    first = run.checkpoints / "step-000001"
+    for resume in (str(other.path), first):
+        again = RunDirectory(run.path)
+        again.claim(resume=resume, overwrite=True)
+        assert {path.name for path in run.checkpoints.iterdir()} == {"step-000001", "step-000002"}
+        again.close()
+    again.claim(resume=first, overwrite=True)
+    again.clear()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000001"] and (
+        run.path / "metrics.jsonl"
+    ).exists()
+    again.close()
+    again.claim(resume=str(other.path), overwrite=True)
+    again.clear()
+    assert not list(run.checkpoints.iterdir()) and not (run.path / "metrics.jsonl").exists()
 
 
 def test_resume_without_a_run_is_an_error_and_makes_nothing(tmp_path):
