@@ -7,6 +7,7 @@ the control stage is skipped. Without a GPU the same stages run on the CPU at sm
 Each stage is a process of its own, since Accelerate fixes the precision of a process.
 """
 
+import gc
 import importlib.util
 import os
 import resource
@@ -204,6 +205,8 @@ def speed(precision: str) -> Callable[[Path], None]:
             trainer = make_trainer(
                 kind, folder / kind, size, prompts=prompts, tokens=tokens, total_steps=3, precision=precision
             )
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
             seconds = timed(trainer)
             with quiet():
                 trainer.train()
@@ -214,6 +217,8 @@ def speed(precision: str) -> Callable[[Path], None]:
                 f"{tokens_seen / sum(seconds.values()):,.0f} tokens/s (rollout {seconds['rollout']:.1f} s, update "
                 f"{seconds['update']:.1f} s for {tokens_seen:,} tokens), peak memory {peak_memory()}"
             )
+            del trainer
+            gc.collect()
 
     return stage
 
@@ -251,7 +256,7 @@ def synchronize() -> None:
 def peak_memory() -> str:
     if GPU:
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process so far"
 
 
 # --- stages ---

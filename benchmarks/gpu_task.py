@@ -75,9 +75,15 @@ def reward_model(size: dict[str, Any]) -> RewardModel:
 def make_trainer(
     kind: str, folder: Path, size: dict[str, Any], *, prompts: int, tokens: int, **settings: Any
 ) -> Trainer:
-    """A trainer of `kind` PPO (reward function and reward model, reference, value head) or GRPO (reward function).
+    """A PPO trainer (reward function and reward model, reference, value head) or a GRPO trainer (reward function).
 
-    prompts: completions per step, in groups of 8 for GRPO. tokens: length limit. settings: of the trainer's config.
+    Args:
+        kind: "PPO" or "GRPO".
+        folder: the run's output_dir.
+        size: of the language model.
+        prompts: completions per step, in groups of 8 for GRPO.
+        tokens: length limit of a completion.
+        settings: further ones of the trainer's config.
     """
     groups = prompts // 8 if kind == "GRPO" else prompts
     common: dict[str, Any] = {

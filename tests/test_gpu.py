@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 ABSENT = ("datasets", "gymnasium", "jsonargparse", "matplotlib", "tensorboard", "stable_baselines3", "trl")
 HIDE = f"""
@@ -30,3 +32,12 @@ def test_every_stage_runs_without_datasets_gymnasium_and_jsonargparse_and_says_t
     results = "float32 passed, bfloat16 passed, process-group passed, control SKIPPED, speed-float32 passed"
     assert f"\n{results}, speed-bfloat16 passed\n" in done.stdout
     assert "Gymnasium is not installed" in done.stdout
+
+
+def test_the_control_stage_learns_cartpole_where_gymnasium_is_installed():
+    pytest.importorskip("gymnasium")
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "benchmarks/gpu.py", "control"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ok     the mean return of 10 episodes" in done.stdout and "control passed" in done.stdout

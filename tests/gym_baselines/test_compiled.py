@@ -28,6 +28,7 @@ from rlhf.errors import InputError, TrainingError
 from rlhf.training.update import UpdateConfig, make_stepper, update
 from rlhf.types import PolicyOutputs, Trajectories
 from tests.controls import names, refute
+from tests.rounding import EPS
 
 FAMILIES: dict[str, Any] = {
     "categorical": Categorical(3),
@@ -210,7 +211,7 @@ def assert_equal(run: Run, other: Run, **tolerance: float) -> None:
 
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
-LOOSE = {"rtol": 1e-5, "atol": 1e-5}
+LOOSE = {"rtol": 128 * EPS, "atol": 128 * EPS}
 
 
 @pytest.fixture(scope="module")

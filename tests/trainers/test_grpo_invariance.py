@@ -129,9 +129,9 @@ def gradient_of(
     settings = UpdateConfig(num_epochs=1, minibatch_size=None, microbatch_tokens=microbatch_tokens, max_grad_norm=1e30)
     metrics = update(learner, algorithm, batch, optimizer, settings, Distributed(), seed=0, step=0)
     (gradient,) = seen
-    assert metrics["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5) and gradient.norm() > 1e-3
+    assert metrics["grad_norm"] == pytest.approx(float(gradient.norm()), rel=128 * EPS) and gradient.norm() > 1e-3
     change = torch.cat([(a - b.detach()).flatten() for a, b in zip(before, learner.parameters(), strict=True)])
-    torch.testing.assert_close(change, gradient, rtol=1e-4, atol=1e-6)  # rate 1, and the norm was not clipped
+    torch.testing.assert_close(change, gradient, rtol=1024 * EPS, atol=16 * EPS)  # rate 1, and the norm was not clipped
     return gradient
 
 

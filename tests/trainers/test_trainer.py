@@ -108,7 +108,7 @@ def test_the_training_forward_before_the_first_update_gives_the_sampling_logprob
             compared += 1
     assert compared == 8
     assert metrics["sampler_gap"] == pytest.approx(0, abs=512 * EPS)
-    assert metrics["policy_kl_k1"] == pytest.approx(0, abs=1e-6)
+    assert metrics["policy_kl_k1"] == pytest.approx(0, abs=64 * EPS)
     assert metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
 
 
@@ -305,7 +305,7 @@ def test_numbers_of_the_update_are_means_over_the_tokens_that_count(tmp_path):
     assert expected["low"] + expected["high"] > 0.05  # else the clip would not show
     names = {"kl": "policy_kl", "low": "clip_fraction_low", "high": "clip_fraction_high"}
     for name, value in expected.items():
-        assert metrics[names.get(name, name)] == pytest.approx(value, abs=1e-5), name
+        assert metrics[names.get(name, name)] == pytest.approx(value, abs=512 * EPS), name
 
 
 def test_completions_are_written_as_they_were_sampled_and_scored(tmp_path):
@@ -375,8 +375,8 @@ def test_evaluation_reports_held_out_prompts_with_the_weights_of_its_moment(tmp_
             "eval/truncated_fraction": sum(c.ended != "stop" for c in completions) / 3,
             "eval/reward_kl": sum(kl) / 3,
         }
-        assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-        assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=64 * EPS)
+        assert {name: line[name] for name in expected} == pytest.approx(expected, abs=64 * EPS)
 
 
 # --- layout must not matter ---------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ def test_advantages_are_whitened_over_the_whole_step_and_stay_zero_on_padding(tm
     trainer.train()
     (batch,) = batches
     real = batch.advantages[batch.mask].double()
-    assert real.mean().item() == pytest.approx(0, abs=1e-6)
+    assert real.mean().item() == pytest.approx(0, abs=64 * EPS)
     assert real.var(correction=0).item() == pytest.approx(1.0, abs=1e-4)
     assert not batch.advantages[~batch.mask].any() and not batch.returns[~batch.mask].any()
 
@@ -573,7 +573,7 @@ def test_the_trained_policy_loads_in_a_process_that_never_imports_this_toolkit(t
     ids = tiny.tokenizer()("abcd", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = trainer.policy.lm(ids).logits
-    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=0, atol=64 * EPS)
     assert (tmp_path / "run" / "policy" / "value_head.safetensors").is_file()
 
 
