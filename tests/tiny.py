@@ -16,9 +16,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf import Callback, GenerationConfig, PPOConfig, PPOTrainer, PPOTrainerConfig, UpdateConfig
 from tests.rounding import EPS
@@ -44,6 +47,21 @@ def tokenizer(*, pad: str | None = "<pad>") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=pad, bos_token="<bos>", eos_token="<eos>", padding_side="left"
     )
+
+
+@torch.no_grad()
+def _init_gpt2(self: GPT2PreTrainedModel, module: torch.nn.Module) -> None:
+    """GPT-2's first weights as transformers 5.23 draws them; earlier versions do not scale the residual projections."""
+    std = self.config.initializer_range
+    PreTrainedModel._init_weights(self, module)
+    if isinstance(module, Conv1D):
+        module.weight.normal_(0.0, std)
+        module.bias.zero_()
+    if isinstance(module, GPT2Attention | GPT2MLP):
+        module.c_proj.weight.normal_(0.0, std / (2 * self.config.n_layer) ** 0.5)
+
+
+GPT2PreTrainedModel._init_weights = _init_gpt2  # equal models with every version of transformers
 
 
 def config(family: str, *, dropout: float = 0.0, **changes: Any) -> Any:
