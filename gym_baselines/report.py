@@ -1,12 +1,9 @@
 """Progress bar of a run on environments, and TensorBoard metrics under Stable-Baselines3's names."""
 
 from collections.abc import Mapping
-from typing import Any
-
-from tqdm import tqdm
 
 from gym_baselines.config import TrainConfig
-from rlhf.runs.reporting import Display, unheard
+from rlhf.runs.reporting import Display, progress_bar
 
 TENSORBOARD_NAMES = {  # ours -> Stable-Baselines3's
     "episode_return": "rollout/ep_rew_mean",
@@ -27,15 +24,14 @@ class EnvironmentBar(Display):
 
     def __init__(self, config: TrainConfig, *, steps: int, until: int, hidden: bool) -> None:
         """steps: environment steps made so far. until: environment steps at the end of the run."""
-        self._bar: Any = tqdm(total=until, initial=steps, unit=" steps", desc=config.env, disable=hidden)
+        self._bar = progress_bar(total=until, initial=steps, unit=" steps", desc=config.env, disable=hidden)
         self._epochs = config.update.num_epochs
         self._steps = steps
         self._made = 0
 
     def show(self, metrics: Mapping[str, float], seconds: float) -> None:
         self._made, self._steps = int(metrics["environment_steps"]) - self._steps, int(metrics["environment_steps"])
-        with unheard():
-            self._bar.update(self._made)
+        self._bar.update(self._made)
         if "episode_return" in metrics:
             self._bar.set_postfix_str(f"mean return of recent episodes {metrics['episode_return']:.1f}", refresh=False)
 
@@ -49,5 +45,4 @@ class EnvironmentBar(Display):
         return self._steps, named
 
     def close(self) -> None:
-        with unheard():
-            self._bar.close()
+        self._bar.close()

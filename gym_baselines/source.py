@@ -29,6 +29,7 @@ class EnvironmentSource:
         *,
         rollout_steps: int,
         environment_steps: int = 0,
+        keep_states: bool = False,
     ) -> None:
         """Start counting.
 
@@ -39,6 +40,8 @@ class EnvironmentSource:
             distributed: The processes of the run.
             rollout_steps: Steps of each environment in a rollout.
             environment_steps: Steps made before this run, over all environments.
+            keep_states: Keep the states from before and after each rollout, so that a run that fails amid a step can be
+                saved as it was before it. For one process only.
         """
         self.collector = collector
         self.policy = policy
@@ -46,17 +49,18 @@ class EnvironmentSource:
         self.distributed = distributed
         self.rollout_steps = rollout_steps
         self.environment_steps = environment_steps
+        self.keep_states = keep_states
         self.recent: deque[tuple[float, float]] = deque(maxlen=100)  # (return, length) of the last finished episodes
         self.rollouts = 0
         """Complete rollouts; -1 while one is played, since environments and weights then belong to different steps."""
-        self._began: tuple[int, Saved] | None = None  # the rollout begun last, and the state before it
+        self._normalized = 0  # rollouts whose observations are in the policy's statistics; -1 while they are added
+        self._kept: dict[int, Saved] = {}  # rollouts -> state after them, for the last two
         self.restarted: list[int] = []
         """Rows whose episodes `load` could not continue, so that they began new ones."""
 
     def collect(self, step: int) -> Collected:
         """Collect one rollout of every environment, continuing where the last one stopped."""
-        if self.distributed.world_size == 1:  # several processes save nothing after an error
-            self._began = (step, self._now())
+        before = self._kept.get(step) or self._now() if self.keep_states else None
         self.rollouts = -1
         rollout = self.collector.collect(self.rollout_steps, step)
         trajectories = rollout.trajectories
@@ -69,21 +73,29 @@ class EnvironmentSource:
         by_time = self.distributed.gather_rows(rollout.finished).transpose(0, 1).flatten(0, 1)
         self.recent.extend((value, length) for value, length in by_time[by_time[:, 1] > 0].tolist())
         self.rollouts = step + 1
+        if before is not None:
+            self._kept = {step: before, step + 1: self._now()}
         counted = {"environment_steps": self.environment_steps, **self._episodes()}
         return Collected(trajectories=trajectories, metrics=metrics | counted)
 
     def normalize(self, trajectories: Trajectories) -> None:
         """Add the observations to the normaliser's statistics; only after the update, which needs the old ones."""
+        self._normalized = -1
         if self.policy.normalizer is not None:
             observations = trajectories.inputs["observations"]
             self.policy.normalizer.update(observations, trajectories.mask, self.distributed.all_sum)
+        self._normalized = self.rollouts
 
     def state(self, step: int) -> Saved | None:
-        """The environments' states and the counters after `step` rollouts; also if the rollout after them has failed."""
-        if self.rollouts == step:
-            return self._now()
-        began, before = self._began or (None, None)
-        return before if began == step else None
+        """The environments' states and the counters after `step` rollouts.
+
+        With `keep_states` also where the rollout after them has failed, and without asking environments that may be gone.
+        """
+        if self._normalized != step:
+            return None  # the policy's statistics belong to another step
+        if step in self._kept:
+            return self._kept[step]
+        return self._now() if self.rollouts == step else None
 
     def _now(self) -> Saved:
         rows = self.distributed.gather_objects([row_states(self.collector, self.reward_scale)])
@@ -101,7 +113,8 @@ class EnvironmentSource:
         """Restore what `state` saved; `restarted` then lists the rows whose episodes could not be restored."""
         values = saved.values
         self.environment_steps = values["environment_steps"]
-        self.rollouts = values["rollouts"]
+        self.rollouts = self._normalized = values["rollouts"]
+        self._kept = {}
         self.recent.extend((value, length) for value, length in values["recent"])
         if self.reward_scale is not None:
             self.reward_scale.moments = torch.tensor(values["reward_moments"], dtype=torch.float64)

@@ -149,6 +149,7 @@ class Training:
             self.distributed,
             rollout_steps=config.rollout_steps,
             environment_steps=begun,
+            keep_states=config.output_dir is not None and self.distributed.world_size == 1,
         )
         self.schedule = Schedule(begun, config.total_steps)
 

@@ -23,6 +23,7 @@ from gym_baselines.agent import WEIGHTS_FILE
 from gym_baselines.collect import Collector
 from gym_baselines.config import with_settings
 from gym_baselines.envs.environments import EnvironmentConfig, make_vector_env
+from gym_baselines.layers import Normalizer
 from gym_baselines.networks import ActorCritic
 from gym_baselines.report import EnvironmentBar
 from gym_baselines.train import Training
@@ -352,6 +353,61 @@ def test_a_run_whose_rollout_failed_in_its_middle_goes_on_from_the_step_before_t
     assert (tmp_path / "parts" / "checkpoints" / "step-000002").is_dir()
     world.start(tmp_path / "parts", resume=True)
     assert world.left(tmp_path / "parts") == world.left(tmp_path / "whole")
+
+
+def test_a_normaliser_that_was_interrupted_is_never_saved_as_that_of_a_step(tmp_path, monkeypatch):
+    """The weights of a step belong with the statistics after it: without them, the checkpoint before it stays."""
+
+    def run(folder, resume=False):
+        options = {"resume": resume, "checkpoint_every": 64, "normalize_observations": True}
+        config = preset("Pendulum-v1", "ppo", num_envs=4, rollout_steps=16, total_steps=4 * 64, num_epochs=1)
+        config = with_settings(config, minibatch_size=None, progress_bar=False, output_dir=str(folder), **options)
+        training = Training(config)
+        try:
+            training.train()
+        finally:
+            training.close()
+
+    run(tmp_path / "whole")
+    monkeypatch.setattr(Normalizer, "update", fails_at(3, KeyboardInterrupt())(Normalizer.update))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts")
+    monkeypatch.undo()
+    assert not (tmp_path / "parts" / "checkpoints" / "step-000003").exists()
+    run(tmp_path / "parts", resume=True)
+    for name in ("metrics.jsonl", WEIGHTS_FILE):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_environments_whose_workers_have_died_cost_no_step(tmp_path, monkeypatch):
+    learn = Learner.learn
+
+    def then_they_die(self, *arguments, **options):
+        metrics = learn(self, *arguments, **options)
+        if options["step"] == 2:
+            for process in training.envs.processes:
+                process.kill()
+                process.join()
+        return metrics
+
+    monkeypatch.setattr(Learner, "learn", then_they_die)
+    config = preset("CartPole-v1", "ppo", num_envs=2, rollout_steps=16, total_steps=400, minibatch_size=None)
+    options = {"vectorization": "async", "checkpoint_every": None, "progress_bar": False}
+    training = Training(with_settings(config, output_dir=str(tmp_path), **options))
+    with pytest.raises(Exception):  # noqa: B017  whatever a broken pipe raises in Gymnasium
+        training.train()
+    assert (tmp_path / "checkpoints" / "step-000003").is_dir()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_after_an_error_that_followed_an_update_the_same_trainer_goes_on(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(MetricsWriter, "write", fails_at(2, Breaks())(MetricsWriter.write))
+    made = []
+    with pytest.raises(Breaks):
+        world.start(tmp_path, callbacks=[At(0, made.append)])
+    monkeypatch.undo()
+    (trainer,) = made
+    assert trainer.run.step == trainer.learner.updates == 2
 
 
 @pytest.mark.parametrize("world", WORLDS)

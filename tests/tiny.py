@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from transformers import initialization as init
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -55,10 +56,10 @@ def _init_gpt2(self: GPT2PreTrainedModel, module: torch.nn.Module) -> None:
     std = self.config.initializer_range
     PreTrainedModel._init_weights(self, module)
     if isinstance(module, Conv1D):
-        module.weight.normal_(0.0, std)
-        module.bias.zero_()
+        init.normal_(module.weight, mean=0.0, std=std)
+        init.zeros_(module.bias)
     if isinstance(module, GPT2Attention | GPT2MLP):
-        module.c_proj.weight.normal_(0.0, std / (2 * self.config.n_layer) ** 0.5)
+        init.normal_(module.c_proj.weight, mean=0.0, std=std / (2 * self.config.n_layer) ** 0.5)
 
 
 GPT2PreTrainedModel._init_weights = _init_gpt2  # equal models with every version of transformers

@@ -13,7 +13,7 @@ completions and preference pairs.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -153,10 +153,16 @@ class PromptDataset:
 
 def _told(value: Any) -> str:
     """A value that JSON lacks, as text that is the same in every process."""
-    if hasattr(value, "tobytes"):  # arrays, tensors' arrays, pictures
+    if hasattr(value, "tolist"):  # arrays and tensors
+        return _told(value.tolist())
+    if hasattr(value, "tobytes"):  # pictures
         return hashlib.sha256(value.tobytes()).hexdigest()
-    if isinstance(value, set | frozenset):  # in no order
-        return repr(sorted(map(_told, value)))
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_told, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{_told(key)}: {_told(item)}' for key, item in value.items()))}}}"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_told, value)))}}}"
     text = repr(value)
     return type(value).__qualname__ if " at 0x" in text else text
 

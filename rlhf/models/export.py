@@ -22,7 +22,7 @@ from rlhf.training.weights import named_tensors
 def save_policy(policy: Policy, tokenizer: Any, final: Path) -> None:
     """Write model, tokenizer and value head to the folder `final`, completely or not at all.
 
-    The folder is loaded again and compared with the policy bit for bit; raises TrainingError if they differ.
+    The folder is loaded again and compared with the policy, number by number; raises TrainingError if they differ.
     """
     with written_beside(final) as temporary, _no_bars():
         policy.lm.save_pretrained(temporary, state_dict=_rewritten(policy.lm))
@@ -36,8 +36,7 @@ def save_policy(policy: Policy, tokenizer: Any, final: Path) -> None:
 def check_export(lm: PreTrainedModel, folder: Path) -> None:
     """Raise TrainingError if `folder` does not load as the weights of `lm`. Needs memory for a second copy of them."""
     reopened = type(lm).from_pretrained(folder, dtype="auto").state_dict()
-    widest = _widest(lm)
-    other = [name for name, tensor in lm.state_dict().items() if not _equal(_in(tensor, widest), reopened.get(name))]
+    other = [name for name, tensor in lm.state_dict().items() if not _equal(tensor, reopened.get(name))]
     if other:
         raise TrainingError(
             f"{folder} does not load as the policy that was trained: {', '.join(other[:3])} differ when loaded "
@@ -57,18 +56,21 @@ def _rewritten(lm: PreTrainedModel) -> dict[str, Tensor] | None:
     shared = all(e is not None for e in embeddings) and embeddings[0].weight is embeddings[1].weight
     apart = shared and not lm.config.get_text_config().tie_word_embeddings
     widest = _widest(lm)
-    mixed = any(p.dtype != widest for p in lm.parameters())
+    state = lm.state_dict()
+    mixed = any(t.dtype != widest for t in state.values() if t.is_floating_point())
     if not apart and not mixed:
         return None
-    return {name: _in(tensor.detach().clone(), widest) for name, tensor in lm.state_dict().items()}
+    if apart:
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    written: dict[tuple[int, torch.Size], Tensor] = {}  # tensors that are one stay one
+    for name, tensor in state.items():
+        wide = tensor.to(widest) if tensor.is_floating_point() else tensor
+        state[name] = written.setdefault((tensor.data_ptr(), tensor.shape), wide)
+    return state
 
 
 def _widest(lm: PreTrainedModel) -> torch.dtype:
-    return reduce(torch.promote_types, {p.dtype for p in lm.parameters()})
-
-
-def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return reduce(torch.promote_types, {t.dtype for t in lm.state_dict().values() if t.is_floating_point()})
 
 
 def _declare(folder: Path, dtype: torch.dtype) -> None:
@@ -81,7 +83,12 @@ def _declare(folder: Path, dtype: torch.dtype) -> None:
 
 
 def _equal(tensor: Tensor, other: Tensor | None) -> bool:
-    return other is not None and other.dtype == tensor.dtype and torch.equal(tensor.cpu(), other)
+    """The same numbers; `other` may hold them in a wider type."""
+    if other is None or other.shape != tensor.shape:
+        return False
+    return other.dtype == torch.promote_types(other.dtype, tensor.dtype) and torch.equal(
+        tensor.cpu().to(other.dtype), other
+    )
 
 
 @contextmanager

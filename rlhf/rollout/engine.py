@@ -7,7 +7,7 @@ tests/rollout/conformance.py tests what every engine must do.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -186,21 +186,16 @@ def completions_of(
     Raises:
         TrainingError: The engine failed, took too long, or its answers do not fit the requests.
     """
+    version = engine.version  # a lost engine may not know any more
     try:
         try:
             return _answers(engine, requests, sampling, timeout_s)
         except EngineLost:
             if weights is None:
                 raise
-            version = engine.version
             engine.restart()
             hand_over(engine, weights, version)
             return _answers(engine, requests, sampling, timeout_s)
-    except TimeoutError as error:
-        raise TrainingError(
-            f"The engine did not give {len(requests)} completions within engine_timeout_s={timeout_s}. Nothing was trained "
-            "in this step. Look at the engine's own log, or raise engine_timeout_s."
-        ) from error
     except (EngineLost, CancelledError) as error:
         raise TrainingError(f"The engine was lost: {error!r}. Start it again and resume the run.") from error
 
@@ -212,13 +207,33 @@ def _answers(
     futures = engine.submit(requests, sampling)
     if len(futures) != len(requests):
         raise TrainingError(f"The engine gave {len(futures)} answers to {len(requests)} requests: mend it.")
-    answers = [f.result(None if give_up is None else max(0.0, give_up - time.monotonic())) for f in futures]
-    for index, answer in enumerate(answers):
-        tokens = len(answer.ids)
-        covered = [place for span in answer.versions for place in range(span.start, span.end)]
-        if len(answer.logprobs) != tokens or covered != list(range(tokens)):
-            raise TrainingError(
-                f"The engine's answer to request {index} has {tokens} tokens, {len(answer.logprobs)} log-probs and the "
-                f"versions {answer.versions}, which must cover the tokens in order: mend the engine."
-            )
+    wait(futures, None if give_up is None else max(0.0, give_up - time.monotonic()))
+    late = [future for future in futures if not future.done()]
+    if late:
+        for future in late:
+            future.cancel()
+        raise TrainingError(
+            f"The engine gave {len(futures) - len(late)} of {len(futures)} completions within "
+            f"engine_timeout_s={timeout_s}. Nothing was trained in this step. Look at the engine's own log, or raise "
+            "engine_timeout_s."
+        )
+    answers = [future.result() for future in futures]
+    for index, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        if problem := _problem(request, answer, sampling):
+            raise TrainingError(f"The engine's answer to request {index} {problem}: mend the engine.")
     return answers
+
+
+def _problem(request: Request, answer: Completion, sampling: Sampling) -> str | None:
+    """What does not fit together in an answer; None if all of it does."""
+    if not isinstance(answer, Completion):
+        return f"is of type {type(answer).__name__}"
+    tokens = len(answer.ids)
+    covered = [place for span in answer.versions for place in range(span.start, span.end)]
+    if len(answer.logprobs) != tokens or covered != list(range(tokens)):
+        return f"has {tokens} tokens, {len(answer.logprobs)} log-probs and versions {answer.versions} of them"
+    if tokens > (request.max_new_tokens or sampling.max_new_tokens) or min(answer.ids, default=0) < 0:
+        return f"has {tokens} tokens, more than it may, or one below 0: {answer.ids[:8]}"
+    if (answer.ended == "stop") != bool(answer.ids and answer.ids[-1] in sampling.end_ids):
+        return f"ended by {answer.ended!r} with the last tokens {answer.ids[-2:]}, where {sampling.end_ids} end it"
+    return None

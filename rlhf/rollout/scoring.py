@@ -36,9 +36,7 @@ class Scorer:
         device = self.distributed.device
         packed = pack(episodes, device)
         if not packed.mask.any():
-            raise TrainingError(
-                f"No token was sampled in step {step}, so that nothing can be learnt. Check the engine."
-            )
+            raise TrainingError(f"No token was sampled in step {step}, by this process. Check the engine.")
         with self.distributed.autocast():
             own = self._forward(self.policy, packed)
             ref = None if self.reference is None else self._forward(self.reference, packed)

@@ -100,11 +100,18 @@ class RunDirectory:
         self.clear()
         return checkpoint
 
-    def claim(self, resume: bool | str | os.PathLike[str] = False, overwrite: bool = False) -> Checkpoint | None:
+    def claim(
+        self,
+        resume: bool | str | os.PathLike[str] = False,
+        overwrite: bool = False,
+        *,
+        accept: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    ) -> Checkpoint | None:
         """Lock the directory. Returns the checkpoint to continue from; None: start at step 0. All processes call it.
 
         resume: True for the newest good checkpoint here (None if the run died before its first), or the path of a
-        checkpoint or a run. overwrite: `clear` deletes the files of a former run here.
+        checkpoint or a run. overwrite: `clear` deletes the files of a former run here. accept: called with the checkpoint;
+        raises InputError if it is of another run.
         Raises InputError, without changing any of the user's files, if the directory cannot be used that way.
         """
         if not isinstance(resume, bool | str | os.PathLike):
@@ -114,11 +121,13 @@ class RunDirectory:
             resume = True
         try:
             checkpoint = self.load(resume) if isinstance(resume, str) else None
+            if checkpoint is not None:
+                accept(checkpoint)
             if self.is_main:
                 self._claim(resume, overwrite)
             self.barrier()
-            if resume is True:
-                checkpoint = self.latest()
+            if resume is True and (checkpoint := self.latest()) is not None:
+                accept(checkpoint)
             start = checkpoint.step if checkpoint else -1
             later = [path for step, path in self._steps().items() if step > start]
             if later and isinstance(resume, str) and not overwrite:
@@ -130,7 +139,7 @@ class RunDirectory:
         except OSError as error:
             self.close()
             raise InputError(f"output_dir={str(self.path)!r} cannot be used: {error}. Choose another one.") from error
-        except InputError:
+        except BaseException:
             self.close()
             raise
         self._discarded = [] if resume is True else later
@@ -140,25 +149,32 @@ class RunDirectory:
     def clear(self) -> None:
         """Delete what the run that begins or goes on now replaces, as `claim` was told. All processes call it."""
         if self.is_main and self._lock is not None:
-            if self._starts_over:
-                for path in self._steps().values():  # oldest first: if killed here, the newest checkpoint remains
-                    discard(path)
-                for name in self.names[1:]:
-                    path = self.path / name
-                    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-            else:
-                for path in self._discarded:
-                    discard(path)
-            for path in self._damaged:
-                set_aside(path)  # kept as evidence
-            for path in self.checkpoints.glob("step-*.tmp"):
-                if STEP_NAME.fullmatch(path.stem) and path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-            fsync(self.path)
+            try:
+                self._clear()
+            except OSError as error:
+                self.close()
+                raise InputError(f"output_dir={str(self.path)!r} cannot be cleared: {error}. Mend it.") from error
         self._starts_over = False
         self._discarded = []
         self._damaged = []
         self.barrier()
+
+    def _clear(self) -> None:
+        if self._starts_over:
+            for path in self._steps().values():  # oldest first: if killed here, the newest checkpoint remains
+                discard(path)
+            for name in self.names[1:]:
+                path = self.path / name
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        else:
+            for path in self._discarded:
+                discard(path)
+        for path in self._damaged:
+            set_aside(path)  # kept as evidence
+        for path in self.checkpoints.glob("step-*.tmp"):
+            if STEP_NAME.fullmatch(path.stem) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+        fsync(self.path)
 
     def close(self) -> None:
         """Release the lock. The end of the process releases it too."""

@@ -25,7 +25,7 @@ import torch
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
 from rlhf.runs.callbacks import Callback
-from rlhf.runs.checkpoint import Checkpoint, Part
+from rlhf.runs.checkpoint import Checkpoint, Part, Saved
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.jsonlines import COMPLETIONS_FILE, JsonLines, MetricsWriter
 from rlhf.runs.metrics import unknown_names
@@ -99,13 +99,13 @@ class Run:
         """
         if self.directory is None:
             return
-        checkpoint = self.directory.claim(resume, overwrite)
+        changed: list[str] = []
+
+        def accept(checkpoint: Checkpoint) -> None:
+            changed.extend(check_resumable(checkpoint.config, self.description, must_match=self.must_match))
+
+        checkpoint = self.directory.claim(resume, overwrite, accept=accept)
         if checkpoint is not None:
-            try:
-                changed = check_resumable(checkpoint.config, self.description, must_match=self.must_match)
-            except InputError:
-                self.close()
-                raise
             self.say(f"resumed from {checkpoint.path}", *[f"changed since: {note}" for note in changed])
         self.step = self.saved_step = checkpoint.step if checkpoint else 0
         self._checkpoint = checkpoint
@@ -244,8 +244,12 @@ class Run:
         if self.distributed.world_size > 1 or self.directory is None:
             return
         before = self.saved_step
-        if self._save(self.step + 1) or self._save(self.step):  # the error may have come between learning and logging
-            self.say(f"stopped; {self.saved}" if self.saved_step > before else None)
+        if self._save(self.step + 1):  # the error came between learning and logging
+            self.step += 1
+        elif not self._save(self.step):
+            self.say(f"stopped in the middle of an update; {self.saved}")
+        if self.saved_step > before:
+            self.say(f"stopped; {self.saved}")
 
     def _open_logs(self) -> None:
         """Open the logs, and delete lines of steps that this run will repeat (left by an interrupted run)."""
@@ -279,6 +283,8 @@ def _check_part(name: str, part: Any) -> None:
     if not all(callable(getattr(part, method, None)) for method in ("state", "load")):
         raise InputError(f"{name}: {kind} needs the methods state(step) and load(saved), see `Part`.")
     saved = part.state(0)
+    if not isinstance(saved, Saved | None):
+        raise InputError(f"{name}: {kind}.state must return a `Saved`, not a {type(saved).__name__}.")
     try:
         same = saved is None or json.loads(json.dumps(saved.values)) == saved.values
     except (TypeError, ValueError):

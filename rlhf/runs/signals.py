@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from rlhf.runs.reporting import unheard
+from rlhf.runs.reporting import Unheard
 
 SAME_SIGNAL_S = 0.5
 """Signals this close together count as one: a launcher repeats the signal that the terminal already sent to all."""
@@ -33,12 +33,8 @@ class Signals:
         if self.number is None:
             self.number, self._at = number, time.monotonic()
             name = signal.Signals(number).name
-            with unheard():
-                print(
-                    f"rlhf: {name}: the run ends after this step. A second one ends it at once.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            text = f"rlhf: {name}: the run ends after this step. A second one ends it at once."
+            print(text, file=Unheard(sys.stderr), flush=True)
         elif time.monotonic() - self._at > SAME_SIGNAL_S:
             raise Interrupted(number)
 

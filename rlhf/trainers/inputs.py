@@ -1,5 +1,6 @@
 """Converts what users pass to a trainer (paths, rows, objects) to the objects that it works with."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from rlhf.trainers.config import TrainerConfig
 
 Reward: TypeAlias = str | Callable[..., Any]
 """A reward function, a `RewardModel`, or the path of one."""
-Rows: TypeAlias = str | Table | Sequence[Mapping[str, Any]]
+Rows: TypeAlias = str | os.PathLike[str] | Table | Sequence[Mapping[str, Any]]
 """A path or hub name, a `datasets.Dataset`, or a list of rows."""
 
 
@@ -50,8 +51,8 @@ def prompts_of(
 ) -> PromptDataset:
     """The prompts as token ids, checked; `setting` names them in errors."""
     rows: Any = dataset
-    if isinstance(dataset, str):
-        rows = load_rows(dataset, setting=setting)
+    if isinstance(dataset, str | os.PathLike):
+        rows = load_rows(os.fspath(dataset), setting=setting)
     elif not hasattr(dataset, "column_names"):
         rows = ListRows(dataset, setting)
     return PromptDataset.build(

@@ -403,6 +403,8 @@ def test_the_fingerprint_of_the_content_is_the_same_for_the_same_data_in_every_p
     assert fingerprint(x=Thing()) == fingerprint(x=Thing())
     assert fingerprint(x=set("abc")) == fingerprint(x=set("cba")) != fingerprint(x=set("ab"))
     assert fingerprint(x=np.arange(3)) == fingerprint(x=np.arange(3)) != fingerprint(x=np.arange(1, 4))
+    assert fingerprint(x=np.array([Thing()], dtype=object)) == fingerprint(x=np.array([Thing()], dtype=object))
+    assert fingerprint(x={1: {"b", "a"}, "k": 3}) == fingerprint(x={"k": 3, 1: {"a", "b"}})
     assert fingerprint(x={1: 2, "k": 3}) == fingerprint(x={1: 2, "k": 3}) != fingerprint(x={1: 2, "k": 4})
 
 

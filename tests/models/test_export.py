@@ -57,6 +57,27 @@ def test_frozen_bfloat16_beside_trained_float32_is_exported_exactly(frozen, tmp_
         assert torch.equal(opened.state_dict()[name], tensor.float()), name
 
 
+def test_a_tied_model_of_two_precisions_is_written_once(tmp_path):
+    sizes = []
+    for narrow in ((), ("mlp",)):
+        lm = tiny.causal_lm(tie_word_embeddings=True)
+        for name, parameter in lm.named_parameters():
+            if any(part in name for part in narrow):
+                parameter.data = parameter.data.bfloat16()
+        save_policy(Policy(lm), tiny.tokenizer(), tmp_path / f"policy{len(sizes)}")
+        sizes.append((tmp_path / f"policy{len(sizes)}" / "model.safetensors").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+def test_an_export_that_narrows_a_buffer_is_refused(tmp_path):
+    lm = tiny.causal_lm().bfloat16()
+    lm.save_pretrained(tmp_path)
+    check_export(lm, tmp_path)
+    lm.register_buffer("scale", torch.tensor([1 / 3]))
+    with pytest.raises(TrainingError, match="scale"):
+        check_export(lm, tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["a number", "a missing tensor"])
 def test_an_export_that_is_another_policy_is_refused_and_named(damage, tmp_path):
     lm = tiny.causal_lm()

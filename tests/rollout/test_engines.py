@@ -9,7 +9,7 @@ import torch
 from rlhf import GRPOConfig, GRPOTrainer, GRPOTrainerConfig, TrainingError, UpdateConfig
 from rlhf.core.random import EVALUATION, SAMPLING, uniform
 from rlhf.models.policy import Policy
-from rlhf.rollout.engine import EngineLost, GenerationConfig, Promises, RolloutEngine
+from rlhf.rollout.engine import EngineLost, GenerationConfig, Promises, RolloutEngine, Span
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.runs.jsonlines import read_metrics
 from tests import tiny
@@ -199,7 +199,32 @@ def leaves_out_logprobs(engine, requests, sampling):
     return futures
 
 
-@pytest.mark.parametrize("lost", [loses, loses_late])
+def gives_nothing(engine, requests, sampling):
+    futures = [Future() for _ in requests]
+    for future in futures:
+        future.set_result(None)
+    return futures
+
+
+def changed(index, **fields):
+    """One answer with other fields."""
+
+    def answers(engine, requests, sampling):
+        futures = super(Fails, engine).submit(requests, sampling)
+        whole = futures[index].result()
+        futures[index] = Future()
+        futures[index].set_result(replace(whole, **fields))
+        return futures
+
+    return answers
+
+
+def forgets_its_version(engine, requests, sampling):
+    engine.version = -1
+    raise EngineLost("the server is gone")
+
+
+@pytest.mark.parametrize("lost", [loses, loses_late, forgets_its_version])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_lost_engine_is_started_again_and_the_run_is_what_it_would_have_been(lost, name, tmp_path):
     lm = tiny.causal_lm(num_hidden_layers=1)
@@ -219,6 +244,10 @@ def test_a_lost_engine_is_started_again_and_the_run_is_what_it_would_have_been(l
         (answers_less, r"answers to \d+ requests"),
         (leaves_out_a_version, r"request 3 .*versions \[\]"),
         (leaves_out_logprobs, r"request 0 .*log-probs"),
+        (gives_nothing, r"request 0 is of type NoneType"),
+        (changed(2, ids=[-5], logprobs=[-1.0], versions=[Span(1, 0, 1)]), r"request 2 has 1 tokens.*below 0"),
+        (changed(1, ids=[3] * 50, logprobs=[-1.0] * 50, versions=[Span(1, 0, 50)]), r"request 1 has 50 tokens, more"),
+        (changed(0, ids=[3], logprobs=[-1.0], versions=[Span(1, 0, 1)], ended="stop"), r"request 0 ended by 'stop'"),
     ],
 )
 def test_an_engine_that_does_not_answer_as_it_should_ends_the_run_with_the_steps_so_far(instead, message, tmp_path):

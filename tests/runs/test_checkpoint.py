@@ -329,6 +329,17 @@ def test_a_bad_resume_path_deletes_nothing_even_with_overwrite(run, tmp_path):
         assert_is_exactly(run.latest(), 1)
 
 
+def test_a_refused_checkpoint_leaves_nothing_in_a_new_directory(run, tmp_path):
+    save(run, 1)
+
+    def refuse(checkpoint):
+        raise InputError("of another run")
+
+    with pytest.raises(InputError, match="of another run"):
+        RunDirectory(tmp_path / "new").claim(resume=str(run.path), accept=refuse)
+    assert not (tmp_path / "new").exists()
+
+
 def test_claiming_a_directory_deletes_nothing_before_it_is_cleared(run, tmp_path):
     """Between the two, a run finds out whether the checkpoint fits it."""
     other = RunDirectory(tmp_path / "other")
