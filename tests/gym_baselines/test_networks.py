@@ -261,10 +261,10 @@ def test_the_atari_network_is_that_of_the_paper():
     h = conv2d(h, w[2], w[3], stride=2).relu()
     h = conv2d(h, w[4], w[5]).relu()
     h = linear(h.flatten(1), w[6], w[7]).relu()
-    torch.testing.assert_close(policy.values(x), policy.value_net(h).squeeze(1), rtol=512 * EPS, atol=512 * EPS)
+    torch.testing.assert_close(policy.values(x), policy.value_net(h).squeeze(1), rtol=2048 * EPS, atol=2048 * EPS)
     assert (policy.values(x).std() > 0) and policy.shares_layers
     orthogonal = ActorCritic(PICTURES, Discrete(6)).body.layers[0].weight.flatten(1)
-    torch.testing.assert_close(orthogonal @ orthogonal.T, 2 * torch.eye(32), rtol=0, atol=512 * EPS)
+    torch.testing.assert_close(orthogonal @ orthogonal.T, 2 * torch.eye(32), rtol=0, atol=2048 * EPS)
 
 
 def test_pictures_may_have_their_channels_last():

@@ -102,10 +102,10 @@ def test_batch_loss_equals_the_pairs_scored_one_by_one_at_their_eos(tmp_path, ma
     for row, (chosen, rejected) in zip(pairs(), scores, strict=True):
         assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == tokenizer.eos_token_id
         alone = score_alone(model, row["chosen_ids"]), score_alone(model, row["rejected_ids"])
-        assert (chosen.item(), rejected.item()) == pytest.approx(alone, abs=512 * EPS)
+        assert (chosen.item(), rejected.item()) == pytest.approx(alone, abs=2048 * EPS)
         gap = alone[0] - alone[1] - margin
         expected.append(math.log1p(math.exp(-gap)) + 0.1 * sum(alone) ** 2)
-    assert loss.item() == pytest.approx(sum(expected) / len(expected), abs=512 * EPS)
+    assert loss.item() == pytest.approx(sum(expected) / len(expected), abs=2048 * EPS)
 
 
 def test_dropout_is_off_in_every_kind_of_layer():

@@ -286,7 +286,7 @@ def test_reported_logprobs_are_those_of_the_tempered_distribution():
     for completion in generate(
         lm, [prompt], settings(max_new_tokens=2), draws=draws([0]), eos_ids=EOS, num_completions=50
     ):
-        assert sum(completion.logprobs) == pytest.approx(math.log(expected[tuple(completion.ids)]), abs=512 * EPS)
+        assert sum(completion.logprobs) == pytest.approx(math.log(expected[tuple(completion.ids)]), abs=2048 * EPS)
 
 
 def test_tokens_of_probability_zero_are_never_sampled():

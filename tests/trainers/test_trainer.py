@@ -104,10 +104,10 @@ def test_the_training_forward_before_the_first_update_gives_the_sampling_logprob
             ]
             text, length, expected = max(options, key=lambda option: len(option[0]))
             assert actions[row, :length].tolist() == list(text[-length:])
-            assert logprobs[row, :length].tolist() == pytest.approx(expected, abs=512 * EPS)
+            assert logprobs[row, :length].tolist() == pytest.approx(expected, abs=2048 * EPS)
             compared += 1
     assert compared == 8
-    assert metrics["sampler_gap"] == pytest.approx(0, abs=512 * EPS)
+    assert metrics["sampler_gap"] == pytest.approx(0, abs=2048 * EPS)
     assert metrics["policy_kl_k1"] == pytest.approx(0, abs=64 * EPS)
     assert metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
 
@@ -117,7 +117,7 @@ def test_a_run_that_hardly_learns_keeps_the_ratio_at_one_and_the_reference_at_ha
     trainer = tiny.trainer(tmp_path, total_steps=3, learning_rate=1e-12, generation={"temperature": temperature})
     trainer.train()
     for line in read_metrics(tmp_path):
-        assert [line["sampler_gap"], line["reward_kl"]] == pytest.approx([0, 0], abs=512 * EPS)
+        assert [line["sampler_gap"], line["reward_kl"]] == pytest.approx([0, 0], abs=2048 * EPS)
         assert line["policy_kl"] == pytest.approx(0, abs=1e-8)
         assert line["clip_fraction_low"] == line["clip_fraction_high"] == 0
 
@@ -209,7 +209,7 @@ def test_reported_numbers_are_means_over_completions_and_over_tokens_that_count(
         "optimizer_steps": 8.0,
         "prompts_seen": 8,
     }
-    assert {name: line[name] for name in expected} == pytest.approx(expected, abs=512 * EPS)
+    assert {name: line[name] for name in expected} == pytest.approx(expected, abs=2048 * EPS)
 
 
 def test_the_adaptive_coefficient_follows_zieglers_rule_from_step_to_step(tmp_path):
@@ -305,7 +305,7 @@ def test_numbers_of_the_update_are_means_over_the_tokens_that_count(tmp_path):
     assert expected["low"] + expected["high"] > 0.05  # else the clip would not show
     names = {"kl": "policy_kl", "low": "clip_fraction_low", "high": "clip_fraction_high"}
     for name, value in expected.items():
-        assert metrics[names.get(name, name)] == pytest.approx(value, abs=512 * EPS), name
+        assert metrics[names.get(name, name)] == pytest.approx(value, abs=2048 * EPS), name
 
 
 def test_completions_are_written_as_they_were_sampled_and_scored(tmp_path):
