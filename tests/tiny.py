@@ -28,7 +28,7 @@ from rlhf import Callback, GenerationConfig, PPOConfig, PPOTrainer, PPOTrainerCo
 from tests.rounding import EPS
 
 PRECISIONS = [(torch.float32, 2048 * EPS), (torch.float64, 1e-8)]
-"""(dtype, tolerance) of log-probs, values and entropies of these models: a few nats, some hundreds of roundings, and headroom."""
+"""(dtype, tolerance) of log-probs, values and entropies of these models: some hundreds of roundings, and headroom."""
 
 PAD, BOS, EOS = 0, 1, 2
 LETTERS = "abcdefgh"
