@@ -229,8 +229,8 @@ def _problem(request: Request, answer: Completion, sampling: Sampling) -> str | 
     if not isinstance(answer, Completion):
         return f"is of type {type(answer).__name__}"
     tokens = len(answer.ids)
-    covered = [place for span in answer.versions for place in range(span.start, span.end)]
-    if len(answer.logprobs) != tokens or covered != list(range(tokens)):
+    ends = [0, *(span.end for span in answer.versions)]  # each span begins where the one before it ended
+    if len(answer.logprobs) != tokens or ends[-1] != tokens or ends[:-1] != [span.start for span in answer.versions]:
         return f"has {tokens} tokens, {len(answer.logprobs)} log-probs and versions {answer.versions} of them"
     if tokens > (request.max_new_tokens or sampling.max_new_tokens) or min(answer.ids, default=0) < 0:
         return f"has {tokens} tokens, more than it may, or one below 0: {answer.ids[:8]}"

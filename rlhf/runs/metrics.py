@@ -103,7 +103,7 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "stale_fraction": (
         "share of the step's tokens or actions that older weights sampled, and with which the sampler is not compared",
         "share",
-        "1: the engine never gets new weights",
+        "near 1: hardly a token is compared",
     ),
     "episode_return": ("mean undiscounted return of the last 100 finished episodes", "reward"),
     "episode_return_std": ("standard deviation of the evaluation's episode returns", "reward"),
