@@ -273,7 +273,6 @@ STAGES: dict[str, Callable[[Path], None]] = {
 
 def quiet() -> Any:
     """Hides what trainers print; errors are not hidden."""
-
     stack = ExitStack()
     stack.enter_context(redirect_stdout(StringIO()))
     stack.enter_context(redirect_stderr(StringIO()))
@@ -303,6 +302,8 @@ def warn() -> None:
 
 
 def main(names: list[str]) -> int:
+    if unknown := [name for name in names if name not in STAGES]:
+        sys.exit(f"{', '.join(unknown)}: no such stage. Choose from {', '.join(STAGES)}.")
     print(f"Python {sys.version.split()[0]}, {device_line()}")
     warn()
     results = {}
