@@ -10,12 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import load_rows, prompt_rows
 from rlhf.errors import InputError
+from rlhf.models.adapters import LoRASettings
 from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.calls import isolated
 from rlhf.rewards.functions import load_reward_function
 from rlhf.trainers.config import TrainerConfig
 
-EMBEDDED_TAKES = ("policy", "resume", "overwrite", "preset")
+EMBEDDED_TAKES = ("policy", "lora", "critic", "resume", "overwrite", "preset")
 """Settings of a command that, besides the trainer's, may be set when `policy` is not (for the embedded task)."""
 
 
@@ -46,6 +47,7 @@ class UserRun:
     system_prompt: str | None = None
     """System turn to put before each prompt, in place of its own. Each prompt becomes a conversation, so the tokenizer
     needs a chat template."""
+    lora: LoRASettings = field(default_factory=LoRASettings)
     reward_model: str | None = None
     """Sequence classifier with one label, a directory or hub name."""
     reward: list[str] = field(default_factory=list)

@@ -44,6 +44,7 @@ def train(recipe: GRPORecipe) -> None:
         recipe.training(),
         tokenizer=tokenizer,
         eval_dataset=recipe.rows("eval_dataset", tokenizer),
+        peft_config=recipe.lora.peft_config(),
     )
     trainer.train(resume=recipe.resume, overwrite=recipe.overwrite)
     if trainer.distributed.is_main:
@@ -57,7 +58,7 @@ def main(config: GRPORecipe) -> None:
     else:
         import grpo_pipeline  # only here: a run on the user's own data does not need it
 
-        grpo_pipeline.run(config.training(), resume=config.resume, overwrite=config.overwrite)
+        grpo_pipeline.run(config.training(), lora=config.lora, resume=config.resume, overwrite=config.overwrite)
 
 
 def settings(arguments: list[str]) -> GRPORecipe:

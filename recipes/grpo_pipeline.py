@@ -4,7 +4,7 @@ Each stage writes a directory below output_dir; finished stages are reused. The 
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import arithmetic
@@ -15,8 +15,9 @@ from rlhf.core.random import EVALUATION
 from rlhf.data.prompts import PromptDataset
 from rlhf.data.rows import load_rows
 from rlhf.distributed import Distributed
-from rlhf.models.loading import end_tokens, load_causal_lm, load_tokenizer
-from rlhf.models.policy import Policy
+from rlhf.models.adapters import LoRASettings
+from rlhf.models.loading import end_tokens, load_tokenizer
+from rlhf.models.policy import load_policy
 from rlhf.rollout.engine import Key, Request, completions_of
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.runs.curves import plot_curves
@@ -41,27 +42,36 @@ class Answers:
     """Tokens of each sampled completion, EOS included."""
 
 
-def run(config: GRPOTrainerConfig, *, resume: bool | str, overwrite: bool) -> dict[str, dict[str, float]]:
+def run(
+    config: GRPOTrainerConfig,
+    *,
+    lora: LoRASettings | None = None,
+    resume: bool | str = False,
+    overwrite: bool = False,
+) -> dict[str, dict[str, float]]:
     """Run all stages; return the numbers of the table printed at the end. Arguments: see `run` in pipeline.py."""
+    lora = lora or LoRASettings()
     be_quick_and_quiet()
     distributed = Distributed(precision=config.precision)
     root = Path(config.output_dir)
-    stages = Stages(root, replace(config, output_dir=""), distributed, overwrite=overwrite)
+    settings = asdict(replace(config, output_dir="")) | {"lora": asdict(lora)}
+    stages = Stages(root, settings, distributed, overwrite=overwrite)
     stages.run("data", "data", lambda folder: arithmetic.write_data(folder, config.seed), on_main=True)
     stages.run(
         "supervised fine-tuning", "sft", lambda folder: train_sft(arithmetic, root / "data", folder, config.seed)
     )
-    stages.run("GRPO", "grpo/policy", lambda _: _train_grpo(root, config, resume))
+    stages.run("GRPO", "grpo/policy", lambda _: _train_grpo(root, config, lora, resume))
     return _evaluate(root, config, distributed)
 
 
-def _train_grpo(root: Path, config: GRPOTrainerConfig, resume: bool | str) -> None:
+def _train_grpo(root: Path, config: GRPOTrainerConfig, lora: LoRASettings, resume: bool | str) -> None:
     trainer = GRPOTrainer(
         str(root / "sft"),
         exact_match,
         str(root / "data" / "prompts_train.jsonl"),
         replace(config, output_dir=str(root / "grpo")),
         eval_dataset=str(root / "data" / "prompts_test.jsonl"),
+        peft_config=lora.peft_config(),
     )
     trainer.train(resume=resume or (root / "grpo" / "checkpoints").is_dir())
 
@@ -90,8 +100,8 @@ def _evaluate(root: Path, config: GRPOTrainerConfig, distributed: Distributed) -
 
 def _answers(root: Path, folder: Path, config: GRPOTrainerConfig, distributed: Distributed) -> Answers:
     tokenizer = load_tokenizer(str(folder))
-    lm = load_causal_lm(str(folder)).to(distributed.device)
-    engine = InProcessEngine(Policy(lm), distributed, completions_at_once=config.generation.completions_at_once)
+    policy = load_policy(str(folder)).to(distributed.device)
+    engine = InProcessEngine(policy, distributed, completions_at_once=config.generation.completions_at_once)
     rows = load_rows(root / "data" / "prompts_test.jsonl")
     data = PromptDataset.build(rows, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
 
@@ -101,7 +111,7 @@ def _answers(root: Path, folder: Path, config: GRPOTrainerConfig, distributed: D
             for i in range(len(data))
             for copy in range(number)
         ]
-        sampling = config.generation.sampling(end_tokens(lm, tokenizer.eos_token_id), greedy=greedy)
+        sampling = config.generation.sampling(end_tokens(policy.lm, tokenizer.eos_token_id), greedy=greedy)
         completions = completions_of(engine, requests, sampling)
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
         return texts, [len(completion.ids) for completion in completions]

@@ -5,7 +5,7 @@ it decides the preferences and judges the policies at the end, but no model is t
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from stages import Stages
 from rlhf.data.prompts import PromptDataset
 from rlhf.data.rows import load_rows
 from rlhf.distributed import Distributed
-from rlhf.models.loading import end_tokens, load_causal_lm, load_tokenizer
-from rlhf.models.policy import Policy
+from rlhf.models.adapters import LoRASettings
+from rlhf.models.loading import end_tokens, load_tokenizer
+from rlhf.models.policy import load_policy
+from rlhf.models.reference import FrozenReference
 from rlhf.rewards.combine import Rewards
 from rlhf.rewards.model import RewardModel
 from rlhf.rollout.in_process import InProcessEngine
@@ -38,20 +40,30 @@ def gold(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     return [embedded.gold_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def run(config: PPOTrainerConfig, *, resume: bool | str, overwrite: bool) -> dict[str, dict[str, float]]:
+def run(
+    config: PPOTrainerConfig,
+    *,
+    lora: LoRASettings | None = None,
+    critic: str = "head",
+    resume: bool | str = False,
+    overwrite: bool = False,
+) -> dict[str, dict[str, float]]:
     """Run all stages; return the numbers of the table printed at the end.
 
-    config: settings of the PPO stage, except that `output_dir` is the pipeline's. resume: see `Trainer.train`; even
-    without it, the PPO stage continues from its newest checkpoint. overwrite: run all stages again.
+    config: settings of the PPO stage, except that `output_dir` is the pipeline's. lora, critic: those of the PPO stage; the
+    critic "reward_model" starts from the trained reward model. resume: see `Trainer.train`; even without it, the PPO stage
+    continues from its newest checkpoint. overwrite: run all stages again.
     """
+    lora = lora or LoRASettings()
     be_quick_and_quiet()
     distributed = Distributed(precision=config.precision)
     root = Path(config.output_dir)
-    stages = Stages(root, replace(config, output_dir=""), distributed, overwrite=overwrite)
+    settings = asdict(replace(config, output_dir="")) | {"lora": asdict(lora), "critic": critic}
+    stages = Stages(root, settings, distributed, overwrite=overwrite)
     stages.run("data", "data", lambda folder: embedded.write_data(folder, config.seed), on_main=True)
     stages.run("supervised fine-tuning", "sft", lambda folder: train_sft(embedded, root / "data", folder, config.seed))
     stages.run("reward model", "reward_model", lambda folder: _train_reward_model(root, folder, config.seed))
-    stages.run("PPO", "ppo/policy", lambda _: _train_ppo(root, config, resume))
+    stages.run("PPO", "ppo/policy", lambda _: _train_ppo(root, config, lora, critic, resume))
     return _evaluate(root, config, distributed)
 
 
@@ -68,7 +80,7 @@ def _train_reward_model(root: Path, folder: Path, seed: int) -> None:
     )
 
 
-def _train_ppo(root: Path, config: PPOTrainerConfig, resume: bool | str) -> None:
+def _train_ppo(root: Path, config: PPOTrainerConfig, lora: LoRASettings, critic: str, resume: bool | str) -> None:
     settings = replace(config, output_dir=str(root / "ppo"), reward_weights=[1.0, 0.0])
     trainer = PPOTrainer(
         str(root / "sft"),
@@ -76,6 +88,8 @@ def _train_ppo(root: Path, config: PPOTrainerConfig, resume: bool | str) -> None
         str(root / "data" / "prompts_train.jsonl"),
         settings,
         eval_dataset=str(root / "data" / "prompts_test.jsonl"),
+        critic=str(root / "reward_model") if critic == "reward_model" else critic,
+        peft_config=lora.peft_config(),
     )
     trainer.train(resume=resume or (root / "ppo" / "checkpoints").is_dir())
 
@@ -110,10 +124,11 @@ def _sample(
     root: Path, folder: Path, config: PPOTrainerConfig, distributed: Distributed
 ) -> tuple[Sampled, dict[str, float]]:
     tokenizer = load_tokenizer(str(folder))
-    policy, reference = (
-        Policy(load_causal_lm(str(path)), temperature=config.generation.temperature).to(distributed.device)
+    policy, other = (
+        load_policy(str(path), temperature=config.generation.temperature).to(distributed.device)
         for path in (folder, root / "sft")
     )
+    reference = FrozenReference(other.lm, temperature=config.generation.temperature)
     sampler = Sampler(
         engine=InProcessEngine(policy, distributed, completions_at_once=config.generation.completions_at_once),
         rewards=Rewards([RewardModel.load(root / "reward_model", distributed.device), gold], weights=[1.0, 0.0]),

@@ -33,8 +33,8 @@ from rlhf.commands.cli import run_command
 from rlhf.data.tokenization import require_pad_token
 from rlhf.distributed import Distributed
 from rlhf.models.export import save_policy
-from rlhf.models.loading import end_tokens, load_causal_lm
-from rlhf.models.policy import Policy, frozen_copy
+from rlhf.models.loading import end_tokens
+from rlhf.models.policy import Policy
 from rlhf.rewards.combine import Rewards
 from rlhf.rollout.engine import hand_over
 from rlhf.rollout.in_process import InProcessEngine
@@ -45,7 +45,8 @@ from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
 from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards
 from rlhf.trainers.config import PPOTrainerConfig
-from rlhf.trainers.inputs import adamw, prompts_of, reward_of
+from rlhf.trainers.inputs import adamw, critic_of, model_of, prompts_of, reference_of, reward_of
+from rlhf.trainers.placing import gathered, place
 from rlhf.trainers.report import MUST_MATCH, POLICY_FOLDERS, description, first_check, identity
 from rlhf.training.learner import Learner
 
@@ -56,6 +57,8 @@ class PPORecipe(UserRun, PPOTrainerConfig):
 
     trainer_config = PPOTrainerConfig
 
+    critic: str = "head"
+    """"head": a value head on the policy; "adapter": an adapter of its base; or the path of a causal LM or reward model."""
     output_dir: str = "runs/ppo_rlhf"
     """Directory of this run, for checkpoints, metrics and the trained policy."""
 
@@ -64,7 +67,6 @@ def train(recipe: PPORecipe) -> None:
     """PPO on the user's model, prompts and rewards. `rlhf.PPOTrainer(...).train()` writes the same bytes."""
     config: PPOTrainerConfig = recipe.training()
     folder = Path(config.output_dir)
-    temperature = config.generation.temperature
     distributed = Distributed(precision=config.precision, tracker=config.tracker, tracker_dir=str(folder / "tracker"))
 
     # Prompts, as token ids; the seed decides their order.
@@ -77,17 +79,20 @@ def train(recipe: PPORecipe) -> None:
 
     # Rewards: models and functions, combined into one weighted score per completion.
     rewards = Rewards(
-        [reward_of(reward, tokenizer, distributed.device) for reward in recipe.rewards()],
+        [reward_of(reward, tokenizer, distributed.device, config.frozen_dtype) for reward in recipe.rewards()],
         weights=config.reward_weights,
         timeout_s=config.reward_timeout_s,
     )
     check_rewards(rewards, prompts, held_out)
 
-    # The policy with a value head, and the reference policy: a frozen copy of the policy before training.
-    lm = load_causal_lm(recipe.policy)
+    # The policy with its critic, and the reference policy: as the policy is before training.
+    ppo = PPO(config.ppo)
+    lm, adapters = model_of(recipe.policy, config, recipe.lora.peft_config())
     check_model(lm, tokenizer, config, prompts, held_out)
-    reference = frozen_copy(lm, temperature=temperature).to(distributed.device)
-    policy = Policy(lm, temperature=temperature, value_head=True).to(distributed.device)
+    critic = critic_of(recipe.critic, ppo, adapters)
+    policy = Policy(lm, temperature=config.generation.temperature, critic=critic, adapters=adapters)
+    reference = reference_of(policy, None, config)
+    place(policy, reference, rewards, config, distributed)
 
     # The source: the engine completes prompts, the rewards score the completions, the scorer adds log-probs and values.
     engine = InProcessEngine(policy, distributed, completions_at_once=config.generation.completions_at_once)
@@ -100,6 +105,7 @@ def train(recipe: PPORecipe) -> None:
         max_steps=config.total_steps,
         engine_timeout_s=config.engine_timeout_s,
         weights=policy.weights if distributed.world_size == 1 else None,
+        gathered=partial(gathered, policy, rewards, distributed),
     )
     scorer = Scorer(
         policy=policy,
@@ -119,7 +125,6 @@ def train(recipe: PPORecipe) -> None:
     )
 
     # The learner: updates the policy on trajectories.
-    ppo = PPO(config.ppo)
     learner = Learner(
         policy,
         ppo,
@@ -128,6 +133,7 @@ def train(recipe: PPORecipe) -> None:
         distributed,
         seed=config.seed,
         agreement=agreement_with(engine, lm),
+        critic_warmup_steps=config.critic_warmup_steps,
     )
 
     # The run: its directory, log files, signals and checkpoints.
@@ -173,8 +179,8 @@ def train(recipe: PPORecipe) -> None:
                 if config.is_due(config.checkpoint_every, step):
                     run.save()
             run.finish()
-            if distributed.is_main:
-                save_policy(policy, tokenizer, folder / "policy")
+            whole = distributed.layout.whole
+            save_policy(policy, tokenizer, folder / "policy", whole=whole, writes=distributed.is_main)
             distributed.barrier()
     if distributed.is_main:
         say_where(folder / "policy")
@@ -187,7 +193,13 @@ def main(config: PPORecipe) -> None:
     else:
         import pipeline  # only here: a run on the user's own data does not need it
 
-        pipeline.run(config.training(), resume=config.resume, overwrite=config.overwrite)
+        pipeline.run(
+            config.training(),
+            lora=config.lora,
+            critic=config.critic,
+            resume=config.resume,
+            overwrite=config.overwrite,
+        )
 
 
 if __name__ == "__main__":

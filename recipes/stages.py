@@ -3,15 +3,13 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
 from rlhf.runs.reporting import say
-from rlhf.trainers.config import TrainerConfig
 
 
 class Stages:
@@ -21,7 +19,7 @@ class Stages:
     earlier call had others. overwrite: delete what the earlier call made.
     """
 
-    def __init__(self, root: Path, settings: TrainerConfig, distributed: Distributed, *, overwrite: bool) -> None:
+    def __init__(self, root: Path, settings: Mapping[str, Any], distributed: Distributed, *, overwrite: bool) -> None:
         self.root = root
         self.distributed = distributed
         mark = root / "pipeline.json"
@@ -33,7 +31,7 @@ class Stages:
                     f"output_dir={str(root)!r} holds files that this pipeline did not write. Choose another directory."
                 )
             root.mkdir(parents=True, exist_ok=True)
-            plain = json.loads(json.dumps(asdict(settings)))
+            plain = json.loads(json.dumps(settings))
             saved = json.loads(mark.read_text()) if mark.is_file() else plain
             changed = [
                 f"{name}: {saved.get(name)} -> {value}" for name, value in plain.items() if saved.get(name) != value

@@ -2,8 +2,8 @@
 
 import atexit
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, gather_object
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
 
 from rlhf.errors import InputError
+from rlhf.layout import FullySharded, Layout, Replicated
 from rlhf.settings import dotted
 from rlhf.types import TrainingBatch
 
@@ -35,7 +35,7 @@ class Distributed:
         name that Accelerate knows. Raises InputError if the launch asks for sharding, the tracker is unknown or not
         installed, or this process already uses another precision.
         """
-        _check_launch()
+        sharded = _asks_for_shards()
         _check_tracker(tracker)
         try:
             self.accelerator = Accelerator(
@@ -60,21 +60,17 @@ class Distributed:
         self.notes = _notes_on_launch(self.world_size)
         """Notes on how the run was launched, one line each, for the run to print."""
         self._plain = self.world_size == 1 and precision == "float32"
+        self.layout: Layout = FullySharded(self.accelerator) if sharded else Replicated(self.accelerator)
         if self.world_size > 1:
             atexit.register(_leave_group)
 
-    def prepare(self, policy: Module, optimizer: Optimizer) -> tuple[Module, Optimizer]:
-        """The policy to train (its parameters equal on all processes) and its optimizer, wrapped for the processes."""
-        if self._plain:
-            return policy, optimizer
-        return self.accelerator.prepare(policy, optimizer)
-
     def unwrap(self, policy: Module) -> Module:
-        """The module itself, from what `prepare` returned."""
+        """The module itself, from what `layout.train` returned."""
         return policy if self._plain else self.accelerator.unwrap_model(policy)
 
     def autocast(self) -> Any:
-        return nullcontext() if self._plain else self.accelerator.autocast()
+        """Context of a forward outside of training, with the arithmetic of training."""
+        return nullcontext() if self._plain or self.layout.in_step else self.accelerator.autocast()
 
     def all_sum(self, values: Tensor) -> Tensor:
         """`values` added over all processes."""
@@ -83,27 +79,6 @@ class Distributed:
         return self.accelerator.reduce(values.to(self.device), reduction="sum").to(
             values.device
         )  # NCCL has no CPU sums
-
-    @contextmanager
-    def accumulate(self, policy: Module, *, last: bool) -> Iterator[None]:
-        """Context of a microbatch: only the last one of a minibatch exchanges gradients."""
-        with nullcontext() if last or self.world_size == 1 else self.accelerator.no_sync(policy):
-            yield
-
-    def backward(self, loss: Tensor) -> None:
-        """`loss` is this process's share of a global sum. Data parallelism averages gradients, hence the factor
-        world_size."""
-        if self._plain:
-            loss.backward()
-        else:
-            self.accelerator.backward(loss * self.world_size)
-
-    def clip_gradients(self, policy: Module, max_norm: float) -> Tensor:
-        """Scales the gradient down to `max_norm`; returns its norm before."""
-        if self._plain:
-            return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-        norm = self.accelerator.clip_grad_norm_(policy.parameters(), max_norm)
-        return torch.as_tensor(norm)
 
     def share(self, count: int) -> range:
         """This process's contiguous share of 0 .. count - 1; shares differ by at most one."""
@@ -156,22 +131,32 @@ class Distributed:
         self.accelerator.trackers = []
 
 
-SHARDED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron",
-}
-"""Environment variable that `accelerate launch` sets -> the kind of sharding that it asks for."""
+REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron"}
+"""Environment variable that `accelerate launch` sets -> the kind of sharding that it asks for, and rlhf does not have."""
 
 
-def _check_launch() -> None:
-    """Refuses a launch that asks for sharding, which would be ignored or have another effect than asked for."""
-    for variable, kind in SHARDED.items():
-        if os.environ.get(variable, "").lower() in ("true", "1"):
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
+
+
+def _asks_for_shards() -> bool:
+    """Whether the launch asks for FSDP2. InputError if it asks for sharding that would be ignored or be another one."""
+    for variable, kind in REFUSED.items():
+        if _is_set(variable):
             raise InputError(
-                f"accelerate launch asks for {kind}, but rlhf does not shard models: every process holds the whole one. "
-                "Launch with --config_file recipes/accelerate/ddp.yaml, or without that option."
+                f"accelerate launch asks for {kind}, which rlhf does not support. Launch with --config_file "
+                "recipes/accelerate/fsdp2.yaml to shard the model, or ddp.yaml for one copy per process."
             )
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return False
+    for variable, wanted in {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}.items():
+        found = os.environ.get(variable, "1" if variable == "FSDP_VERSION" else "false")
+        if found.lower() != wanted:
+            raise InputError(
+                f"accelerate launch asks for FSDP with {variable.lower()}: {found}, but rlhf supports only {wanted}. "
+                "Launch with --config_file recipes/accelerate/fsdp2.yaml."
+            )
+    return True
 
 
 def _check_tracker(tracker: str | None) -> None:

@@ -63,10 +63,10 @@ def logits_of(lm: GPT2LMHeadModel) -> Tensor:
 @torch.no_grad()
 def values_of(trainer: Trainer) -> Tensor:
     """(7,) float64: the value head at each prefix."""
-    if trainer.policy.value_head is None:
+    if trainer.policy.critic is None:
         return torch.zeros(7).double()
     hidden = trainer.policy.lm.base_model(input_ids=_PREFIX_IDS).last_hidden_state[torch.arange(7), _LAST]
-    return trainer.policy.value_head(hidden).double()
+    return trainer.policy.critic.head(hidden).double()
 
 
 @dataclass(frozen=True)

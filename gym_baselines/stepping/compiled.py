@@ -90,7 +90,9 @@ class CompiledStepper:
         self._rate = torch.zeros((), dtype=torch.float64)
         self._graphs: dict[Any, _Graph] = {}
 
-    def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
+    def run(
+        self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums, only: str | None = None
+    ) -> Outcome:
         batch, minibatches = self._evenly(batch, list(minibatches))
         flat = self._flat = self._flat or self._flatten(batch)
         if not flat.load():

@@ -25,23 +25,25 @@ class FlatStepper(EagerStepper):
         self._may_be_flat = self._alone and small and obstacle(self.optimizer) is None
         self._flat: FlatOptimizer | None = None  # made with the first batch, which shows what gets a gradient
 
-    def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
+    def run(
+        self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums, only: str | None = None
+    ) -> Outcome:
         if self._flat is None and self._may_be_flat:
             trained = trained_parameters(self.policy, self.algorithm, batch)
             self._flat = FlatOptimizer(list(trained.values()), self.optimizer)
         if self._flat is None or not self._flat.load():
-            return super().run(batch, minibatches, sums)
+            return super().run(batch, minibatches, sums, only)
         try:
             return self._run(batch, minibatches, sums, partial(self._step_flat, self._flat))
         finally:
             self._clear_gradients()
             self._flat.store()
 
-    def _step_flat(self, flat: FlatOptimizer) -> Tensor:
-        """Clip the gradient and apply it, if it is finite; returns its norm before clipping."""
+    def _step_flat(self, flat: FlatOptimizer) -> dict[str, Tensor]:
+        """Clip the gradient and apply it, if it is finite; returns its norm before clipping, by its metric's name."""
         gradient = flatten([p.grad for p in flat.parameters])  # type: ignore[misc]
         norm = torch.linalg.vector_norm(gradient)
         factor = self.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
         if isfinite(norm):
             flat.step(gradient * factor if factor < 1 else gradient)
-        return norm
+        return {"grad_norm": norm}

@@ -13,6 +13,7 @@ from rlhf.data.prompts import PromptDataset
 from rlhf.data.rows import ListRows
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
+from rlhf.models.adapters import adapted
 from rlhf.models.loading import end_tokens, load_causal_lm, load_tokenizer
 from rlhf.models.policy import Policy
 from rlhf.rollout.engine import Completion, GenerationConfig, Key, Request, completions_of
@@ -39,6 +40,7 @@ def complete(
         turn: number of the prompt within a session.
         greedy: take the likeliest token each time, whatever the temperature.
     """
+    lm, adapters = adapted(lm)
     limit = getattr(lm.config.get_text_config(), "max_position_embeddings", 2**20) - config.max_new_tokens
     if limit < 1:
         raise InputError(f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt. Lower it.")
@@ -46,7 +48,7 @@ def complete(
         ListRows([{"prompt": prompt}], "prompt"), tokenizer, max_prompt_tokens=limit, setting="prompt"
     )
     distributed = Distributed()
-    engine = InProcessEngine(Policy(lm).to(distributed.device), distributed)
+    engine = InProcessEngine(Policy(lm, adapters=adapters).to(distributed.device), distributed)
     requests = [Request(data[0].ids, Key(seed, SAMPLING, turn, 0, copy)) for copy in range(num_completions)]
     sampling = config.sampling(end_tokens(lm, tokenizer.eos_token_id), greedy=greedy)
     return completions_of(engine, requests, sampling)

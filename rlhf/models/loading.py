@@ -8,17 +8,59 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rlhf.errors import InputError
 
+ADAPTER_FILE = "adapter_config.json"
+"""The file by which a folder is known to hold an adapter."""
+
 
 def load_tokenizer(path: str, *, setting: str = "tokenizer") -> PreTrainedTokenizerBase:
-    return _load(AutoTokenizer, path, setting)
+    return load_model(AutoTokenizer, path, setting)
 
 
-def load_causal_lm(path: str, *, setting: str = "policy") -> PreTrainedModel:
-    """Load float32 weights: updates of 1e-6 vanish in bfloat16. Set the trainer's precision for faster arithmetic."""
-    return _load(AutoModelForCausalLM, path, setting, dtype=torch.float32)
+def load_causal_lm(path: str, *, setting: str = "policy", dtype: torch.dtype = torch.float32) -> Any:
+    """A causal LM, or a `PeftModel` if the path is that of an adapter, whose base is then loaded too.
+
+    dtype: of the weights; for an adapter, of its base. Weights that are trained must be float32: updates of 1e-6 vanish
+    in bfloat16. Set the trainer's precision for faster arithmetic.
+    """
+    if not is_adapter(path):
+        return load_model(AutoModelForCausalLM, path, setting, dtype=dtype)
+    from peft import PeftModel
+
+    base = load_model(AutoModelForCausalLM, base_of(path, setting), f"{setting} (base of {path})", dtype=dtype)
+    return load_model(
+        _Loader(lambda found, **_: PeftModel.from_pretrained(base, found, is_trainable=True)), path, setting
+    )
 
 
-def _load(loader: Any, path: str, setting: str, **options: Any) -> Any:
+def is_adapter(path: str) -> bool:
+    """Whether the folder `path` holds an adapter instead of a model."""
+    return (Path(path).expanduser() / ADAPTER_FILE).is_file()
+
+
+def base_of(path: str, setting: str) -> str:
+    """The path or hub name of the model that the adapter at `path` was trained on."""
+    from peft import PeftConfig
+
+    base = load_model(
+        _Loader(lambda found, **_: PeftConfig.from_pretrained(found)), path, setting
+    ).base_model_name_or_path
+    if not base:
+        raise InputError(
+            f"{setting}: {path}/{ADAPTER_FILE} does not name its base. Write base_model_name_or_path into it, or load the "
+            "adapter in Python and pass the PeftModel."
+        )
+    return str(base)
+
+
+class _Loader:
+    """A function in the form of a class with `from_pretrained`, as `load_model` takes it."""
+
+    def __init__(self, from_pretrained: Any) -> None:
+        self.from_pretrained = from_pretrained
+
+
+def load_model(loader: Any, path: str, setting: str, **options: Any) -> Any:
+    """`loader.from_pretrained(path)`, with an InputError that names `setting` if there is no such model."""
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
         raise InputError(
             f"{setting}: there is no directory {path!r}. Give a directory saved by save_pretrained or a hub name."

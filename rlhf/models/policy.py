@@ -1,7 +1,7 @@
-"""Language models as policies: a causal LM and an optional value head in one module."""
+"""Language models as policies: a causal LM, with its adapters and its critic, in one module."""
 
 from collections.abc import Iterator
-from copy import deepcopy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,42 +9,48 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.core.logprobs import entropy, logprobs_and_entropy, token_logprobs
+from rlhf.models.adapters import Adapters, adapted
+from rlhf.models.critic import AdapterCritic, Critic, CriticChoice, HeadCritic, ModelCritic, load_critic
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.states import anatomy_of, at, states_before
 from rlhf.training.weights import named_tensors
 from rlhf.types import Inputs, PolicyOutputs
 
 LOGITS_AT_ONCE = 2**25
 """Numbers in one chunk of logits (128 MB in float32); longer batches are scored in several chunks."""
 
-# Settings of model families whose logits are not just output_embeddings(hidden): the LM's own forward scores these.
-_LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "output_multiplier",
-    "lm_head_multiplier",
-)
-
 
 class Policy(nn.Module):
-    """A causal LM with an optional value head on its last hidden states.
+    """A causal LM, its adapters if it has any, and a critic if one is asked for.
 
     Sequences are right-padded: `input_ids` (rows, width) holds prompt, completion, padding; `prompt_lengths` is (rows,).
     Causal attention never looks to the right, so padding has no effect and needs no attention mask. Log-probs are of
     softmax(logits / temperature), as in sampling. Always in eval mode: dropout would make the first ratio differ from 1.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, temperature: float = 1.0, value_head: bool = False) -> None:
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        critic: CriticChoice | None = None,
+        adapters: Adapters | None = None,
+    ) -> None:
+        """adapters: those in `lm`. Raises InputError if `lm` is no causal LM, or the critic does not fit it."""
         super().__init__()
         self.lm = lm
+        self.adapters = adapters
         self.temperature = temperature
-        config = lm.config.get_text_config()
-        self.value_head = ValueHead(config.hidden_size, like=next(lm.parameters())) if value_head else None
-        self.chunk_tokens = max(1, LOGITS_AT_ONCE // config.vocab_size)
-        self._own_forward = any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_TRANSFORMS)
+        anatomy = anatomy_of(lm)
+        self.chunk_tokens = max(1, LOGITS_AT_ONCE // lm.config.get_text_config().vocab_size)
+        self._own_forward = not anatomy.plain_head
+        self.critic = None if critic is None else _critic(critic, lm, anatomy.width, adapters)
         self.eval()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Copies of the language model's weights by name, for an engine; made one at a time."""
+        if self.adapters is not None:
+            return iter(self.adapters.merged({k: t.clone() for k, t in named_tensors(self.lm).items()}).items())
         return ((name, tensor.detach().clone()) for name, tensor in named_tensors(self.lm).items())
 
     def forward(
@@ -57,13 +63,11 @@ class Policy(nn.Module):
         """
         lengths = inputs["prompt_lengths"]
         ids = inputs["input_ids"][:, : int(lengths.max()) + actions.shape[1]]
-        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         places = (lengths - 1).unsqueeze(1) + torch.arange(actions.shape[1], device=ids.device)
-        places = places.clamp(max=ids.shape[1] - 1).unsqueeze(-1)
-        states = hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
+        places = places.clamp(max=ids.shape[1] - 1)
+        states = states_before(self.lm, ids, places)
         if self._own_forward:
-            logits = self.lm(input_ids=ids, use_cache=False).logits
-            logits = logits.gather(1, places.expand(-1, -1, logits.shape[-1]))
+            logits = at(self.lm(input_ids=ids, use_cache=False).logits, places)
             logprobs = token_logprobs(logits, actions, temperature=self.temperature)
             entropies = entropy(logits, temperature=self.temperature) if with_entropy else None
         else:
@@ -75,33 +79,34 @@ class Policy(nn.Module):
                 with_entropy=with_entropy,
                 chunk_tokens=self.chunk_tokens,
             )
-        values = self.value_head(states) if with_values and self.value_head is not None else None
+        values = self.critic(states, ids, places) if with_values and self.critic is not None else None
         return PolicyOutputs(logprobs=logprobs, values=values, entropy=entropies)
 
     def decode(self, **inputs: Any) -> Any:
         """The causal LM's own forward, for sampling, so that all computation goes through this module."""
         return self.lm(**inputs)
 
+    def with_adapter(self, name: str | None) -> AbstractContextManager[None]:
+        """Compute with another adapter inside the block; None: with the base alone."""
+        assert self.adapters is not None, "the policy has no adapters"
+        return self.adapters.active(name)
+
     def train(self, mode: bool = True) -> "Policy":
         """Does nothing: the policy stays in eval mode, see the class."""
         return super().train(False)
 
 
-class ValueHead(nn.Module):
-    """Hidden states (rows, time, width) -> values (rows, time), in float32 or wider. All values start at 0."""
-
-    def __init__(self, width: int, like: Tensor) -> None:
-        super().__init__()
-        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-        self.linear = nn.Linear(width, 1, dtype=dtype, device=like.device)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1)
+def load_policy(path: str, *, temperature: float = 1.0, setting: str = "policy") -> Policy:
+    """The policy at a path or hub name, an exported adapter with its base included."""
+    lm, adapters = adapted(load_causal_lm(path, setting=setting))
+    return Policy(lm, temperature=temperature, adapters=adapters)
 
 
-def frozen_copy(lm: PreTrainedModel, *, temperature: float) -> Policy:
-    """The reference policy: a copy of the current weights, without gradients."""
-    return Policy(deepcopy(lm), temperature=temperature).requires_grad_(False)
+def _critic(choice: CriticChoice, lm: PreTrainedModel, width: int, adapters: Adapters | None) -> Critic:
+    like = next(lm.parameters())
+    if choice == "head":
+        return HeadCritic(width, like)
+    if choice == "adapter":
+        assert adapters is not None, "a value adapter needs adapters"
+        return AdapterCritic(adapters, width, like)
+    return ModelCritic(load_critic(choice) if isinstance(choice, str) else choice)

@@ -66,11 +66,17 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls, path: str | Path, device: torch.device | str = "cpu", *, policy_tokenizer: Any = None, **options: Any
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        policy_tokenizer: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> "RewardModel":
         """Loads a model, and its tokenizer if saved, from a directory or hub name; InputError if it is no reward model.
 
-        options: as for the constructor.
+        dtype: of its weights; None: as transformers chooses. options: as for the constructor.
         """
         where = f"reward_model={str(path)!r}"
         if not Path(path).exists() and (len(Path(path).parts) != 2 or Path(path).parent.is_dir()):
@@ -85,7 +91,9 @@ class RewardModel:
                     "recipes/reward_model.py."
                 )
             loader = AutoModelForSequenceClassification
-            model, report = from_pretrained(loader, path, "reward_model", output_loading_info=True)
+            model, report = from_pretrained(
+                loader, path, "reward_model", output_loading_info=True, **({} if dtype is None else {"dtype": dtype})
+            )
         except InputError:
             raise
         except (OSError, ValueError, KeyError) as error:

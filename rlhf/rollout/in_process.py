@@ -49,7 +49,8 @@ class InProcessEngine:
         self.policy = policy
         self.distributed = distributed
         self.completions_at_once = completions_at_once
-        full = distributed.precision == "float32" and not _multiplies_in_tf32(distributed.device)
+        narrow = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in policy.lm.parameters())
+        full = distributed.precision == "float32" and not narrow and not _multiplies_in_tf32(distributed.device)
         self.promises = EXACT if full else ROUGH
         self.version = 0
 

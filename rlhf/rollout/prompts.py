@@ -1,6 +1,7 @@
 """Trajectories from prompts: an engine completes them, rewards score them, the training forward adds log-probs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,9 @@ class Sampler:
     """The policy's weights, with which a lost engine is synced after a restart; None: a lost engine ends the run."""
     allow_unscored: bool = False
     """Leave an episode out of learning if every reward function abstains on it, instead of raising an error."""
+    gathered: Callable[[str], AbstractContextManager[None]] = lambda models: nullcontext()
+    """Context in which this process holds the complete weights of the "policy" or the "rewards"; all processes enter it,
+    also one without prompts."""
 
     def __call__(
         self,
@@ -56,18 +60,37 @@ class Sampler:
             stream: random stream; training and evaluation use different ones.
             drawn_as: the step that keys the random draws, if it is not `step`.
         """
-        if not prompts:
-            return no_episodes(self.rewards.names)
         drawn = step if drawn_as is None else drawn_as
         requests = [
             Request(list(prompt.ids), Key(self.seed, stream, drawn, slot, copy))
             for prompt, slot in zip(prompts, slots, strict=True)
             for copy in range(copies)
         ]
+        with self.gathered("policy"):
+            completions = self._complete(requests)
+        with self.gathered("rewards"):
+            return self._scored(prompts, slots, completions, step=step, copies=copies)
+
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        if not requests:
+            return []
         completions = completions_of(
             self.engine, requests, self.sampling, timeout_s=self.engine_timeout_s, weights=self.weights
         )
         _check_versions(completions, self.engine.version)
+        return completions
+
+    def _scored(
+        self,
+        prompts: Sequence[Prompt],
+        slots: Sequence[int],
+        completions: Sequence[Completion],
+        *,
+        step: int,
+        copies: int,
+    ) -> Sampled:
+        if not completions:
+            return no_episodes(self.rewards.names)
         repeated = [prompt for prompt in prompts for _ in range(copies)]
         texts = [prompt.prompt for prompt in repeated]
         ids = [completion.ids for completion in completions]

@@ -1,7 +1,9 @@
 """Turns episodes and their scores into `Trajectories`, with one pass of the training forward over the episodes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,8 +11,9 @@ from torch import Tensor
 from rlhf.distributed import Distributed
 from rlhf.errors import TrainingError
 from rlhf.models.policy import Policy
+from rlhf.models.reference import Reference
 from rlhf.rollout.episode import Episode, Packed, next_sampled, pack
-from rlhf.types import PolicyOutputs, Trajectories
+from rlhf.types import Inputs, PolicyOutputs, Trajectories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,7 @@ class Scorer:
     """Computes old log-probs, values and reference log-probs with the current weights of policy and reference."""
 
     policy: Policy
-    reference: Policy | None
+    reference: Reference | None
     microbatch_tokens: int
     """About how many tokens one forward pass takes."""
     distributed: Distributed
@@ -37,8 +40,9 @@ class Scorer:
         packed = pack(episodes, device)
         if not packed.mask.any():
             raise TrainingError(f"No token was sampled in step {step}, by this process. Check the engine.")
-        with self.distributed.autocast():
-            own = self._forward(self.policy, packed)
+        with_values = self.policy.critic is not None
+        with self._inference(), self.distributed.autocast():
+            own = self._forward(partial(self.policy, with_values=with_values), packed)
             ref = None if self.reference is None else self._forward(self.reference, packed)
         dtype = own.logprobs.dtype
         of_row = torch.tensor([score or 0.0 for score in scores], dtype=dtype, device=device)
@@ -65,13 +69,17 @@ class Scorer:
         check_finite(trajectories, step)
         return trajectories
 
-    def _forward(self, policy: Policy, packed: Packed) -> PolicyOutputs:
+    def _inference(self) -> AbstractContextManager[None]:
+        modules = [self.policy, self.reference.module if self.reference is not None else None]
+        return self.distributed.layout.inference(*[m for m in modules if m is not None], gather=False)
+
+    def _forward(self, policy: Callable[[Inputs, Tensor], PolicyOutputs], packed: Packed) -> PolicyOutputs:
         """Run `policy` on all rows, about `microbatch_tokens` at a time, longest first; 0 where the mask is False."""
         order = packed.row_tokens.argsort(descending=True, stable=True)
-        pieces: list[PolicyOutputs] = []
-        for rows in order.split(max(1, self.microbatch_tokens // int(packed.row_tokens.max()))):
-            part = {name: tensor[rows] for name, tensor in packed.inputs.items()}
-            pieces.append(policy(part, packed.actions[rows], with_values=policy.value_head is not None))
+        rows = order.split(max(1, self.microbatch_tokens // int(packed.row_tokens.max())))
+        pieces = [policy({k: tensor[r] for k, tensor in packed.inputs.items()}, packed.actions[r]) for r in rows]
+        for _ in range(self._most(len(rows)) - len(rows)):  # other processes need this one's weights for their rows
+            policy({k: tensor[order[-1:]] for k, tensor in packed.inputs.items()}, packed.actions[order[-1:]])
         restore = order.argsort()
 
         def joined(tensors: list[Tensor]) -> Tensor:
@@ -79,6 +87,12 @@ class Scorer:
 
         values = [piece.values for piece in pieces if piece.values is not None]
         return PolicyOutputs(logprobs=joined([p.logprobs for p in pieces]), values=joined(values) if values else None)
+
+    def _most(self, forwards: int) -> int:
+        """The largest number of forwards that a process needs, if all must make as many."""
+        if not self.distributed.layout.in_step:
+            return forwards
+        return max(self.distributed.gather_objects([forwards]))
 
 
 def check_finite(trajectories: Trajectories, step: int) -> None:

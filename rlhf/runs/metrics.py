@@ -50,6 +50,7 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "cg_residual": ("TRPO: |H s - g| / |g| of conjugate gradient's solution s", "1", "above 0.5: raise cg_iterations"),
     "explained_variance": ("1 - Var(returns - values) / Var(returns)", "1", "below 0 after the first steps"),
     "grad_norm": ("global gradient norm before clipping", "1", "spikes, or always above max_grad_norm"),
+    "critic_grad_norm": ("that of the critic's own weights, if they are clipped by themselves", "1", "spikes"),
     "learning_rate": ("learning rate of this step", "1"),
     "optimizer_steps": (
         "optimizer steps made in this step",

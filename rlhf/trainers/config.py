@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from rlhf.algorithms.grpo import GRPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.errors import InputError
@@ -35,7 +37,11 @@ class TrainerConfig:
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """"bfloat16" autocasts the arithmetic; the weights stay in float32."""
+    """"bfloat16" computes in bfloat16; the weights that are trained stay in float32."""
+    frozen_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights that are not trained (reference, base of an adapter, reward models given as paths); "auto": as precision."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass, to save memory: about a quarter slower, results the same."""
     max_prompt_tokens: int = 512
     """Length limit of a prompt, in tokens."""
     prompt_too_long: Literal["error", "drop", "truncate_left"] = "error"
@@ -111,6 +117,12 @@ class TrainerConfig:
         fall = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
         return self.learning_rate * rise * fall[self.lr_schedule]
 
+    @property
+    def frozen_dtype(self) -> torch.dtype | None:
+        """Type of the weights that are not trained; None: as they are."""
+        choice = self.precision if self.frozen_precision == "auto" else self.frozen_precision
+        return torch.bfloat16 if choice == "bfloat16" else None
+
     def is_due(self, every: int, step: int) -> bool:
         """Whether an action due every `every` steps (0: never) and after the last step is due after `step`."""
         done = step + 1
@@ -122,6 +134,25 @@ class PPOTrainerConfig(TrainerConfig):
     """Settings of a PPO run on a language model."""
 
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    critic_learning_rate: float | None = None
+    """Peak learning rate of the critic's own weights; null: learning_rate."""
+    critic_max_grad_norm: float | None = None
+    """Gradient clipping of the critic's own weights by themselves; null: update.max_grad_norm, for a value head together
+    with the policy."""
+    critic_warmup_steps: int = 0
+    """First steps in which only the critic's own weights learn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("critic_learning_rate", "critic_max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} must be above 0, or null, got {value}.")
+        if not 0 <= self.critic_warmup_steps < self.total_steps:
+            raise InputError(
+                f"critic_warmup_steps={self.critic_warmup_steps} must be 0 or more, and leave some of total_steps="
+                f"{self.total_steps} in which the policy learns."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,17 @@ import torch
 from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.algorithms.base import Algorithm
 from rlhf.data.prompts import PromptDataset
 from rlhf.data.rows import ListRows, Table, load_rows
 from rlhf.errors import InputError
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.adapters import Adapters, adapted
+from rlhf.models.critic import CriticChoice
+from rlhf.models.loading import is_adapter, load_causal_lm, load_tokenizer
+from rlhf.models.policy import Policy
+from rlhf.models.reference import AdapterReference, FrozenReference, Reference, frozen_copy
 from rlhf.rewards.model import RewardModel
-from rlhf.trainers.config import TrainerConfig
+from rlhf.trainers.config import PPOTrainerConfig, TrainerConfig
 
 Reward: TypeAlias = str | Callable[..., Any]
 """A reward function, a `RewardModel`, or the path of one."""
@@ -37,13 +42,15 @@ def tokenizer_of(
     return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
 
-def reward_of(reward: Reward, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Callable[..., Any]:
-    """The reward as a function that scores completions of a policy with this tokenizer; a path is loaded."""
+def reward_of(
+    reward: Reward, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype | None = None
+) -> Callable[..., Any]:
+    """The reward as a function that scores completions of a policy with this tokenizer; a path is loaded, as `dtype`."""
     if isinstance(reward, RewardModel):
         return reward.for_policy(tokenizer)
     if not isinstance(reward, str):
         return reward
-    return RewardModel.load(reward, device, policy_tokenizer=tokenizer)
+    return RewardModel.load(reward, device, policy_tokenizer=tokenizer, dtype=dtype)
 
 
 def prompts_of(
@@ -64,7 +71,57 @@ def prompts_of(
     )
 
 
+def model_of(
+    policy: str | Any, config: TrainerConfig, peft_config: Any = None
+) -> tuple[PreTrainedModel, Adapters | None]:
+    """The language model, loaded if it is a path, and its adapters, if it has any or gets a new one by `peft_config`."""
+    frozen = config.frozen_dtype
+    if isinstance(policy, str):
+        has_base = peft_config is not None or is_adapter(policy)
+        policy = load_causal_lm(policy, dtype=(frozen or torch.float32) if has_base else torch.float32)
+    lm, adapters = adapted(policy, peft_config, seed=config.seed)
+    if adapters is not None and frozen is not None:
+        adapters.cast_base(frozen)
+    return lm, adapters
+
+
+def reference_of(policy: Policy, reference: str | PreTrainedModel | None, config: TrainerConfig) -> Reference:
+    """The reference policy: the one given, else the base of the policy's adapter, else a copy of the policy as it is."""
+    temperature, dtype = config.generation.temperature, config.frozen_dtype
+    if isinstance(reference, str):
+        lm = load_causal_lm(reference, setting="reference", dtype=dtype or torch.float32)
+        return FrozenReference(adapted(lm)[0], temperature=temperature, dtype=dtype)
+    if reference is None and policy.adapters is not None:
+        return AdapterReference(policy)
+    return frozen_copy(policy.lm if reference is None else reference, temperature=temperature, dtype=dtype)
+
+
 def adamw(config: TrainerConfig, policy: Module) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; eps as in the control presets and in N+ (arXiv 2403.17031, appendix)."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=config.weight_decay)
+    """AdamW over what is trained; eps as in the control presets and in N+ (arXiv 2403.17031, appendix).
+
+    The groups are "policy" and, if there is a critic, "critic" with its own learning rate and clip norm.
+    """
+    critic = getattr(policy, "critic", None)
+    own = set() if critic is None else {id(parameter) for parameter in critic.own_parameters()}
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"name": "policy", "params": [p for p in trained if id(p) not in own]}]
+    if critic is not None:
+        assert isinstance(config, PPOTrainerConfig)
+        rate = config.critic_learning_rate or config.learning_rate
+        norm = config.critic_max_grad_norm or (config.update.max_grad_norm if critic.apart else None)
+        parameters = [p for p in trained if id(p) in own]
+        groups.append(
+            {"name": "critic", "params": parameters, "lr_scale": rate / config.learning_rate, "max_grad_norm": norm}
+        )
+    return torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-5, weight_decay=config.weight_decay)
+
+
+def critic_of(critic: CriticChoice | None, algorithm: Algorithm, adapters: Adapters | None) -> CriticChoice | None:
+    """The critic to make: the one asked for, by default a value head, or none if the algorithm needs no values."""
+    if "values" not in algorithm.needs:
+        if critic is not None:
+            raise InputError(f"critic={critic!r}: {type(algorithm).__name__} learns without values. Leave it out.")
+        return None
+    if critic == "adapter" and adapters is None:
+        raise InputError('critic="adapter" is an adapter of the policy\'s base: give peft_config (--lora.r) too.')
+    return "head" if critic is None else critic

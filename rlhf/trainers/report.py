@@ -9,8 +9,8 @@ from torch.nn import Module
 from rlhf.algorithms.base import Algorithm
 from rlhf.data.prompts import PromptDataset
 from rlhf.distributed import Distributed
+from rlhf.models.reference import Reference
 from rlhf.trainers.config import TrainerConfig
-from rlhf.training.weights import fingerprint
 
 MUST_MATCH = {"seed", "prompts_per_step", "dataset", "dataset_columns", "reference", "algorithm", "generation"}
 """Keys of `identity` that a resumed run may not change: prompts, random draws or the objective depend on them."""
@@ -59,7 +59,7 @@ def identity(
     config: TrainerConfig,
     data: PromptDataset,
     reward_names: Sequence[str],
-    reference: Module | None,
+    reference: Reference | None,
     algorithm: Algorithm,
 ) -> dict[str, Any]:
     """Settings and fingerprints that a checkpoint stores, so that a resume with other ones is noticed.
@@ -75,7 +75,7 @@ def identity(
         "dataset": data.fingerprint,
         "dataset_columns": data.content_fingerprint,
         "rewards": list(reward_names),
-        "reference": None if reference is None else fingerprint(reference),
+        "reference": None if reference is None else reference.fingerprint,
         "algorithm": type(algorithm).__name__,
     }
 

@@ -11,9 +11,12 @@ from rlhf.algorithms.base import Algorithm
 from rlhf.data.tokenization import require_pad_token
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
+from rlhf.models.adapters import Adapters
+from rlhf.models.critic import CriticChoice
 from rlhf.models.export import save_policy
-from rlhf.models.loading import end_tokens, load_causal_lm
-from rlhf.models.policy import Policy, frozen_copy
+from rlhf.models.loading import end_tokens
+from rlhf.models.policy import Policy
+from rlhf.models.reference import Reference
 from rlhf.rewards.combine import Rewards
 from rlhf.rollout.engine import RolloutEngine, hand_over
 from rlhf.rollout.in_process import InProcessEngine
@@ -26,7 +29,19 @@ from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
 from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards, engine_note
 from rlhf.trainers.config import TrainerConfig
-from rlhf.trainers.inputs import Reward, Rows, adamw, as_list, prompts_of, reward_of, tokenizer_of
+from rlhf.trainers.inputs import (
+    Reward,
+    Rows,
+    adamw,
+    as_list,
+    critic_of,
+    model_of,
+    prompts_of,
+    reference_of,
+    reward_of,
+    tokenizer_of,
+)
+from rlhf.trainers.placing import gathered, place
 from rlhf.trainers.report import MUST_MATCH, POLICY_FOLDERS, description, first_check, identity
 from rlhf.training.learner import Learner
 from rlhf.training.source import Source
@@ -50,6 +65,8 @@ class Trainer:
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         eval_dataset: Rows | None = None,
         reference: str | PreTrainedModel | None = None,
+        critic: CriticChoice | None = None,
+        peft_config: Any = None,
         callbacks: Sequence[Callback] = (),
         engine: RolloutEngine | None = None,
         source: Callable[[PromptSource], Source] | None = None,
@@ -57,13 +74,16 @@ class Trainer:
         """Loads and checks everything; nothing is written before `train`.
 
         Args:
-            policy: a path, a hub name, or a transformers causal LM, which is trained in place.
+            policy: a path, a hub name, or a transformers causal LM or `PeftModel`, which is trained in place.
             rewards: reward functions, `RewardModel`s, paths of reward models, or a list of them.
             dataset: prompts: a path, a `datasets.Dataset` or a list of rows, with a column "prompt" or "messages".
             config: the settings of the run, of the subclass's type.
             tokenizer: the policy's tokenizer or its path; needed unless `policy` is a path or hub name.
             eval_dataset: held-out prompts, in the same forms as `dataset`.
-            reference: the reference policy; by default a frozen copy of `policy` as it is now.
+            reference: the reference policy; by default a frozen copy of `policy` as it is now, or the base of its adapter.
+            critic: "head" (a value head, the default of PPO), "adapter" (of the policy's base), or a model of its own: a
+                causal LM or reward model, or its path.
+            peft_config: a `peft.LoraConfig`: train a new adapter instead of all weights.
             callbacks: notified of the run's start, steps, evaluations and end.
             engine: samples the completions; by default the policy itself, in this process. The caller closes it.
             source: makes the source of trajectories from the data set's `PromptSource`; default: `_wrapped`.
@@ -83,14 +103,14 @@ class Trainer:
             self.eval_data = prompts_of(eval_dataset, self.tokenizer, config, "eval_dataset")
         check_batch_sizes(config, self.algorithm.completions_per_prompt, self.eval_data, self.distributed.world_size)
         self.rewards = Rewards(
-            [reward_of(reward, self.tokenizer, self.distributed.device) for reward in rewards],
+            [reward_of(r, self.tokenizer, self.distributed.device, config.frozen_dtype) for r in rewards],
             weights=config.reward_weights,
             timeout_s=config.reward_timeout_s,
         )
         self._check_rewards()
-        lm = load_causal_lm(policy) if isinstance(policy, str) else policy
+        lm, adapters = model_of(policy, config, peft_config)
         check_model(lm, self.tokenizer, config, self.data, self.eval_data)
-        self._make_models(lm, reference, engine)
+        self._make_models(lm, adapters, reference, critic_of(critic, self.algorithm, adapters), engine)
         prompts = self._make_source()
         self.source: Source = self._wrapped(prompts) if source is None else source(prompts)
         self.run = Run(
@@ -107,22 +127,23 @@ class Trainer:
         self._said_check = False
 
     def _make_models(
-        self, lm: PreTrainedModel, reference: str | PreTrainedModel | None, engine: RolloutEngine | None
+        self,
+        lm: PreTrainedModel,
+        adapters: Adapters | None,
+        reference: str | PreTrainedModel | None,
+        critic: CriticChoice | None,
+        engine: RolloutEngine | None,
     ) -> None:
         config = self.config
         distributed = self.distributed
-        needs = self.algorithm.needs
         generation = config.generation
-        self.reference: Policy | None = None
-        if "reference" in needs:
-            other = load_causal_lm(reference, setting="reference") if isinstance(reference, str) else reference or lm
-            self.reference = frozen_copy(other, temperature=generation.temperature).to(distributed.device)
-        self.policy = Policy(lm, temperature=generation.temperature, value_head="values" in needs).to(
-            distributed.device
-        )
+        self.policy = Policy(lm, temperature=generation.temperature, critic=critic, adapters=adapters)
+        self.reference: Reference | None = None
+        if "reference" in self.algorithm.needs:
+            self.reference = reference_of(self.policy, reference, config)
+        place(self.policy, self.reference, self.rewards, config, distributed)
         at_once = generation.completions_at_once
         self.engine = engine or InProcessEngine(self.policy, distributed, completions_at_once=at_once)
-        hand_over(self.engine, self.policy.weights, 0)
         self.learner = Learner(
             self.policy,
             self.algorithm,
@@ -131,7 +152,9 @@ class Trainer:
             distributed,
             seed=config.seed,
             agreement=agreement_with(self.engine, lm),
+            critic_warmup_steps=getattr(config, "critic_warmup_steps", 0),
         )
+        hand_over(self.engine, self.policy.weights, 0)
 
     def _make_source(self) -> PromptSource:
         """The source of trajectories: prompts -> completions of the engine -> scores -> trajectories."""
@@ -146,6 +169,7 @@ class Trainer:
             engine_timeout_s=config.engine_timeout_s,
             weights=self.policy.weights if self.distributed.world_size == 1 else None,
             allow_unscored=self.allow_unscored,
+            gathered=partial(gathered, self.policy, self.rewards, self.distributed),
         )
         self.scorer = Scorer(
             policy=self.policy,
@@ -291,10 +315,11 @@ class Trainer:
             )
 
     def save_policy(self) -> None:
-        """Writes OUTPUT_DIR/policy: a model that stock transformers loads, its tokenizer, and the value head."""
-        if self.distributed.is_main:
-            save_policy(self.policy, self.tokenizer, Path(self.config.output_dir) / "policy")
-        self.distributed.barrier()
+        """Writes OUTPUT_DIR/policy: a model that stock transformers loads (an adapter: peft), its tokenizer, its critic."""
+        folder = Path(self.config.output_dir) / "policy"
+        distributed = self.distributed
+        save_policy(self.policy, self.tokenizer, folder, whole=distributed.layout.whole, writes=distributed.is_main)
+        distributed.barrier()
 
     def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {self.metric_names.get(name, name): value for name, value in metrics.items()}

@@ -12,9 +12,9 @@ from rlhf.errors import InputError
 from rlhf.runs.checkpoint import Saved
 from rlhf.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from rlhf.training.sampler import Agreement, check_sampler
-from rlhf.training.steppers import EagerStepper, Stepper
+from rlhf.training.steppers import EagerStepper, Stepper, values_only
 from rlhf.training.update import UpdateConfig, make_stepper, update
-from rlhf.training.weights import load_named_tensors, named_tensors
+from rlhf.training.weights import fingerprint, load_named_tensors, trained_tensors
 from rlhf.types import TrainingBatch, Trajectories
 
 Arrange = Callable[[TrainingBatch], TrainingBatch]
@@ -23,6 +23,10 @@ Arrange = Callable[[TrainingBatch], TrainingBatch]
 def completions(batch: TrainingBatch) -> TrainingBatch:
     """The batch unchanged: minibatches are sets of its rows, the completions."""
     return batch
+
+
+def _has_frozen(policy: Module) -> bool:
+    return not all(parameter.requires_grad for parameter in policy.parameters())
 
 
 class Learner:
@@ -44,6 +48,7 @@ class Learner:
         agreement: Agreement,
         arrange: Arrange = completions,
         stepper: Callable[..., Stepper] = EagerStepper,
+        critic_warmup_steps: int = 0,
     ) -> None:
         """Makes the optimizer and the stepper.
 
@@ -53,6 +58,7 @@ class Learner:
             agreement: How far the sampler's log-probs may be from the policy's.
             arrange: Turns the rows of the global batch into those of minibatches (control tasks: single transitions).
             stepper: The class that makes the optimizer steps.
+            critic_warmup_steps: First steps in which the optimizer's group "critic" alone learns.
         """
         self.policy = policy
         self.algorithm = algorithm
@@ -61,8 +67,11 @@ class Learner:
         self.seed = seed
         self.agreement = agreement
         self._arrange = arrange
-        self.own_optimizer = make_optimizer(policy)
-        self.model, self.optimizer = distributed.prepare(policy, self.own_optimizer)
+        self.critic_warmup_steps = critic_warmup_steps
+        self.base = fingerprint(policy, of=lambda p: not p.requires_grad) if _has_frozen(policy) else None
+        """Fingerprint of the weights that are not trained, which checkpoints leave out; None: all are trained."""
+        self.model, self.optimizer = distributed.layout.train(policy, make_optimizer)
+        self.own_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without the processes' wrapper
         self.stepper = make_stepper(self.model, algorithm, self.optimizer, config, distributed, stepper)
         self.algorithm_state = algorithm.initial_state()
         self.updates = 0
@@ -109,7 +118,10 @@ class Learner:
         first = batch.mask.int().argmax(1, keepdim=True)
         self.first_advantages = batch.advantages.gather(1, first).squeeze(1)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        warm = step < self.critic_warmup_steps
+        if warm:
+            batch = values_only(batch)
         self.updating = True
         metrics |= update(
             self.model,
@@ -121,6 +133,7 @@ class Learner:
             seed=self.seed,
             step=step,
             state=state,
+            only="critic" if warm else None,
         )
         self.algorithm_state = state
         self.updates += 1
@@ -133,18 +146,31 @@ class Learner:
         if self.updating or self.updates != step:
             return None
         tensors, optimizer_state = optimizer_tensors(self.own_optimizer, self.policy.named_parameters())
-        values = {"algorithm": self.algorithm_state, "optimizer": optimizer_state, "updates": self.updates}
-        return Saved(values, {"policy": named_tensors(self.policy), "optimizer": tensors})
+        values = {
+            "algorithm": self.algorithm_state,
+            "base": self.base,
+            "optimizer": optimizer_state,
+            "updates": self.updates,
+        }
+        whole = self.distributed.layout.whole
+        return Saved(values, {"policy": whole(trained_tensors(self.policy)), "optimizer": whole(tensors)})
 
     def load(self, saved: Saved) -> None:
         """Restores a `state`, to continue exactly from there. InputError if it is of another model or optimizer."""
-        load_named_tensors(self.policy, saved.tensors["policy"])
+        if saved.values["base"] != self.base:
+            raise InputError(
+                "The checkpoint holds only the weights that are trained, and was made on other frozen weights than the "
+                "policy has now. Resume with the base model that the run was started with."
+            )
+        like = self.distributed.layout.like
+        load_named_tensors(self.policy, saved.tensors["policy"], like)
         load_optimizer_tensors(
             self.own_optimizer,
             self.policy.named_parameters(),
             saved.tensors["optimizer"],
             saved.values["optimizer"],
-            keep={"weight_decay"},
+            keep={"weight_decay", "lr_scale", "max_grad_norm"},
+            like=like,
         )
         adapts = self.algorithm.initial_state()  # a coefficient without a saved value starts at its setting
         self.algorithm_state = {name: saved.values["algorithm"].get(name, value) for name, value in adapts.items()}

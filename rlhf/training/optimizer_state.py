@@ -1,6 +1,6 @@
 """Converts an optimizer's state to and from the contents of a checkpoint, keyed by parameter name."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ def load_optimizer_tensors(
     state: Mapping[str, Any],
     *,
     keep: Collection[str] = (),
+    like: Callable[[Tensor, Tensor], Tensor] = lambda whole, _: whole.clone(),
 ) -> None:
     """Gives `optimizer` the state that `optimizer_tensors` returned, bit for bit.
 
@@ -50,6 +51,7 @@ def load_optimizer_tensors(
         named_parameters: `model.named_parameters()`. Parameters are matched by name; their order does not matter.
         keep: Hyper-parameters (such as "lr") that keep the optimizer's present value. Those that only choose torch's
             implementation (`fused`, ...) always do.
+        like: like(whole, parameter) spreads a complete tensor over the processes as the parameter is.
 
     Raises:
         InputError: Parameters, groups or shapes differ.
@@ -73,7 +75,9 @@ def load_optimizer_tensors(
                 f"The saved {full_name} has shape {tuple(value.shape)}, the parameter {tuple(wanted)}. Resume with the "
                 "model of the saved run."
             )
-        entries.setdefault(index[name], {})[key] = value.clone() if isinstance(value, Tensor) else value
+        entries.setdefault(index[name], {})[key] = (
+            like(value, parameters[index[name]]) if isinstance(value, Tensor) else value
+        )
     current = optimizer.state_dict()["param_groups"]
     for group, saved in zip(current, state["hyperparameters"], strict=True):
         kept = {*_SWITCHES, *keep}

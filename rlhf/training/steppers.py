@@ -6,6 +6,7 @@ the whole batch, and denominators are those of the whole minibatch.
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from typing import Literal, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from rlhf.algorithms.base import Algorithm
 from rlhf.core.masking import whiten
 from rlhf.distributed import Distributed
+from rlhf.layout import clip_gradient, gradient_norm
 from rlhf.training.sums import MetricSums
 from rlhf.types import PolicyOutputs, TrainingBatch, Weighting
 
@@ -35,9 +37,12 @@ class Outcome(NamedTuple):
 class Stepper(Protocol):
     """Makes the optimizer steps of a run, with its model, algorithm and optimizer; created once."""
 
-    def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
+    def run(
+        self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums, only: str | None = None
+    ) -> Outcome:
         """Makes one step per minibatch; stops before one with a KL above the target or a gradient that is not finite.
 
+        only: name of the optimizer's group of parameters that is stepped; the others keep weights and moments.
         Adds metrics to `sums`. Afterwards the policy's parameters and the optimizer's state are those of the last step
         made, whatever copies the stepper keeps.
         """
@@ -61,7 +66,8 @@ class EagerStepper:
         """Keeps what every step needs.
 
         Args:
-            policy, optimizer: As `distributed.prepare` returned them.
+            policy, optimizer: As `layout.train` returned them. A group of the optimizer's parameters that has a
+                "max_grad_norm" of its own is clipped by itself.
             max_grad_norm, target_kl, microbatch_tokens: The settings of `UpdateConfig`.
         """
         self.policy = policy
@@ -72,11 +78,14 @@ class EagerStepper:
         self.target_kl = target_kl
         self.microbatch_tokens = microbatch_tokens
         self.parameters = list(policy.parameters())  # listing them in each step would take as long as clipping
+        self._clipped = _clipped_groups(self.parameters, optimizer, max_grad_norm)
         self._alone = distributed.world_size == 1 and distributed.strategy == "NO"  # gradients are in the parameters
 
-    def run(self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums) -> Outcome:
+    def run(
+        self, batch: TrainingBatch, minibatches: Iterable[Minibatch], sums: MetricSums, only: str | None = None
+    ) -> Outcome:
         try:
-            return self._run(batch, minibatches, sums, self._step)
+            return self._run(batch, minibatches, sums, partial(self._step, only))
         finally:
             self._clear_gradients()  # frees their memory
 
@@ -85,7 +94,7 @@ class EagerStepper:
         batch: TrainingBatch,
         minibatches: Iterable[Minibatch],
         sums: MetricSums,
-        make_step: Callable[[], Tensor],
+        make_step: Callable[[], dict[str, Tensor]],
     ) -> Outcome:
         whiten_advantages = self.algorithm.whiten_minibatch
         whole: TrainingBatch | None = None
@@ -100,11 +109,11 @@ class EagerStepper:
             kl = self._accumulate_gradients(minibatch, sums)
             if kl is not None and self.distributed.all_sum(kl) > 1.5 * self.target_kl:  # type: ignore[operator]
                 return Outcome(steps, "target_kl")
-            norm = make_step()
-            if not isfinite(norm):
+            norms = make_step()
+            if not all(map(isfinite, norms.values())):
                 return Outcome(steps, "gradient")
             steps += 1
-            sums.add({"grad_norm": (norm, one)})
+            sums.add({name: (norm, one) for name, norm in norms.items()})
         return Outcome(steps)
 
     def _accumulate_gradients(self, minibatch: TrainingBatch, sums: MetricSums) -> Tensor | None:
@@ -113,26 +122,29 @@ class EagerStepper:
         Returns its part of the mean KL(old || policy), or None without a `target_kl`.
         """
         group = self.distributed
+        layout = group.layout
         kl = None if self.target_kl is None else minibatch.old_logprobs.new_zeros(())
         microbatches = split_minibatch(minibatch, self.microbatch_tokens, group.rank, group.world_size)
         for number, microbatch in enumerate(microbatches):
-            with group.accumulate(self.policy, last=number == len(microbatches) - 1):
+            with layout.accumulate(self.policy, last=number == len(microbatches) - 1):
                 loss = self.algorithm.loss(forward(self.policy, self.algorithm, microbatch), microbatch)
-                group.backward(loss.total)
+                layout.backward(loss.total)
             sums.add(loss.metrics)
             if kl is not None:
                 kl = kl + loss.policy_kl[0] / minibatch.mask.sum()
         return kl
 
-    def _step(self) -> Tensor:
-        """Clips the gradient and applies it, if it is finite; returns its norm before clipping."""
-        if self._alone:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        else:
-            norm = self.distributed.clip_gradients(self.policy, self.max_grad_norm)
-        if isfinite(norm):
+    def _step(self, only: str | None = None) -> dict[str, Tensor]:
+        """Clips the gradients and applies them, if they are finite; returns their norms before clipping."""
+        for group in self.optimizer.param_groups if only is not None else ():
+            for parameter in group["params"] if group["name"] != only else ():
+                parameter.grad = None  # the optimizer skips it: with a gradient of 0, its moments would change
+        norms = {name: gradient_norm(parameters) for name, (parameters, _) in self._clipped.items()}
+        if all(map(isfinite, norms.values())):
+            for name, (parameters, max_norm) in self._clipped.items():
+                clip_gradient(parameters, max_norm, norms[name])
             self.optimizer.step()
-        return norm
+        return norms
 
     def _clear_gradients(self) -> None:
         if self._alone:
@@ -140,6 +152,16 @@ class EagerStepper:
                 parameter.grad = None
         else:
             self.optimizer.zero_grad(set_to_none=True)
+
+
+def _clipped_groups(
+    parameters: list[Parameter], optimizer: Optimizer, max_grad_norm: float
+) -> dict[str, tuple[list[Parameter], float]]:
+    """Metric name -> parameters whose gradients are clipped together, and their largest norm."""
+    apart = {group["name"]: group for group in optimizer.param_groups if group.get("max_grad_norm") is not None}
+    taken = {id(parameter) for group in apart.values() for parameter in group["params"]}
+    groups = {"grad_norm": ([p for p in parameters if id(p) not in taken], max_grad_norm)}
+    return groups | {f"{name}_grad_norm": (group["params"], group["max_grad_norm"]) for name, group in apart.items()}
 
 
 def trained_parameters(policy: Module, algorithm: Algorithm, batch: TrainingBatch) -> dict[str, Parameter]:
@@ -204,6 +226,15 @@ def _fill(tokens: list[int], rows: range, limit: int) -> list[list[int]]:
         else:
             groups.append([row])
     return groups
+
+
+def values_only(batch: TrainingBatch) -> TrainingBatch:
+    """The batch with weight 0 in every loss term but the value function's."""
+    weightings = {
+        name: weighting if name == "value" else Weighting(weighting.weight * 0, weighting.count)
+        for name, weighting in batch.weightings.items()
+    }
+    return replace(batch, weightings=weightings)
 
 
 def weightless(batch: TrainingBatch) -> TrainingBatch:

@@ -63,6 +63,7 @@ def update(
     seed: int,
     step: int,
     state: State | None = None,
+    only: str | None = None,
 ) -> dict[str, float]:
     """Trains `policy` on the global `batch` (equal on all processes).
 
@@ -72,6 +73,7 @@ def update(
         stepper: From `make_stepper`, for this policy.
         seed, step: Determine the minibatches.
         state: What the algorithm adapts; changed in place.
+        only: Name of the optimizer's group of parameters that alone is trained; None: all are.
 
     Returns:
         The step's mean metrics, global.
@@ -85,7 +87,7 @@ def update(
     steps = 0
     epochs = _epochs(batch, config, seed, step)
     for minibatches in epochs if algorithm.measures_kl == "epoch" else [list(chain.from_iterable(epochs))]:
-        outcome = stepper.run(batch, minibatches, sums)
+        outcome = stepper.run(batch, minibatches, sums, only)
         steps += outcome.steps
         if outcome.stopped_by == "gradient":
             raise TrainingError(
@@ -110,7 +112,7 @@ def make_stepper(
     """Creates the stepper of a run. Call it once: what the stepper keeps (a compiled graph) serves all updates.
 
     Args:
-        policy, optimizer: As `distributed.prepare` returned them.
+        policy, optimizer: As `layout.train` returned them.
         kind: The class of the stepper.
     """
     return kind(

@@ -1,6 +1,6 @@
 """A module's weights by name, for checkpoints, and their fingerprint, to tell models apart."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,32 @@ from rlhf.errors import InputError
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer once (tied weights have one name), for checkpoints."""
-    buffers = {name: b for name, b in module.named_buffers() if name in module.state_dict()}
-    return {name: p.detach() for name, p in module.named_parameters()} | buffers
+    """Every parameter and persistent buffer once (tied weights have one name)."""
+    return {name: p.detach() for name, p in module.named_parameters()} | _buffers(module)
 
 
-def load_named_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies a checkpoint's tensors into the module. Raises InputError if names or shapes differ."""
-    own = named_tensors(module)
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes, for checkpoints: every parameter with gradients, and every persistent buffer."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad} | _buffers(module)
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    persistent = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name in part._buffers.keys() - part._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+
+
+def load_named_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], like: Callable[[Tensor, Tensor], Tensor] = lambda whole, _: whole
+) -> None:
+    """Copies a checkpoint's tensors into what is trained of the module. Raises InputError if names or shapes differ.
+
+    like: like(whole, own) spreads a complete tensor over the processes as its own one is.
+    """
+    own = trained_tensors(module)
     if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
         different = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
         raise InputError(
@@ -25,17 +43,19 @@ def load_named_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(like(tensors[name], tensor))
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: nn.Module, of: Callable[[nn.Parameter], bool] = lambda parameter: True) -> str:
     """A short text that changes when a weight changes or two weights swap, to notice another model on resume.
+
+    of: which parameters to look at; default: all.
 
     It sums the weights' bits, each times a number for its position, modulo 2**64: exact, so equal on every device.
     """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = 0
-    for parameter in module.parameters():
+    for parameter in filter(of, module.parameters()):
         bits = parameter.detach().flatten().view(integers[parameter.element_size()])
         for start in range(0, len(bits), 2**24):
             part = bits[start : start + 2**24].long()

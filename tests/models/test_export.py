@@ -72,17 +72,17 @@ def test_a_tied_model_of_two_precisions_is_written_once(tmp_path):
 def test_an_export_that_narrows_a_buffer_is_refused(tmp_path):
     lm = tiny.causal_lm().bfloat16()
     lm.save_pretrained(tmp_path)
-    check_export(lm, tmp_path)
+    check_export(lm, tmp_path, lm.state_dict())
     lm.register_buffer("scale", torch.tensor([1 / 3]))
     with pytest.raises(TrainingError, match="scale"):
-        check_export(lm, tmp_path)
+        check_export(lm, tmp_path, lm.state_dict())
 
 
 @pytest.mark.parametrize("damage", ["a number", "a missing tensor"])
 def test_an_export_that_is_another_policy_is_refused_and_named(damage, tmp_path):
     lm = tiny.causal_lm()
     lm.save_pretrained(tmp_path)
-    check_export(lm, tmp_path)
+    check_export(lm, tmp_path, lm.state_dict())
     with torch.no_grad():
         if damage == "a number":
             lm.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
@@ -91,7 +91,7 @@ def test_an_export_that_is_another_policy_is_refused_and_named(damage, tmp_path)
     with pytest.raises(
         TrainingError, match=r"does not load as the policy.*(up_proj|embed_tokens|lm_head).*last checkpoint"
     ):
-        check_export(lm, tmp_path)
+        check_export(lm, tmp_path, lm.state_dict())
 
 
 def test_an_export_that_fails_leaves_no_policy_and_the_checkpoint(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.errors import InputError
 from rlhf.models.loading import check_vocabulary, load_causal_lm
-from rlhf.models.policy import Policy, frozen_copy
+from rlhf.models.policy import Policy
+from rlhf.models.reference import frozen_copy
 from rlhf.rewards.model import RewardModel
 from rlhf.training.weights import fingerprint, load_named_tensors, named_tensors
 from tests import tiny
@@ -28,8 +29,8 @@ COMPLETIONS = [[*row, tiny.EOS] for row in tiny.sequences(5, seed=2)] + [[tiny.E
 def make_policy(
     family: str, dtype: torch.dtype = torch.float64, *, temperature: float = TEMPERATURE, **changes
 ) -> Policy:
-    policy = Policy(tiny.causal_lm(family, dtype=dtype, **changes), temperature=temperature, value_head=True)
-    tiny.randomise(policy.value_head)
+    policy = Policy(tiny.causal_lm(family, dtype=dtype, **changes), temperature=temperature, critic="head")
+    tiny.randomise(policy.critic.head)
     return policy
 
 
@@ -39,7 +40,7 @@ def oracle(policy: Policy, prompt: list[int], completion: list[int]) -> tuple[Te
         outputs = policy.lm(input_ids=torch.tensor([prompt + completion]), output_hidden_states=True, use_cache=False)
     before = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)  # the position that predicts each token
     logprobs = (outputs.logits[0, before] / policy.temperature).log_softmax(-1)
-    head = policy.value_head.linear
+    head = policy.critic.head.linear
     values = (outputs.hidden_states[-1][0, before] * head.weight[0]).sum(-1) + head.bias
     chosen = torch.stack([logprobs[t, token] for t, token in enumerate(completion)])
     return chosen, values.detach(), -(logprobs.exp() * logprobs).sum(-1)
@@ -123,7 +124,7 @@ def test_models_whose_logits_are_more_than_the_output_layer_are_scored_by_their_
     for parameter in lm.parameters():
         if parameter.dim() == 1:  # biases start at 0
             parameter.data += 0.3
-    policy = Policy(lm, temperature=TEMPERATURE, value_head=True)
+    policy = Policy(lm, temperature=TEMPERATURE, critic="head")
     # transformers computes parts of these (norms, soft caps) in float32 whatever the weights are
     assert_rows_match(policy, forward(policy, PROMPTS, COMPLETIONS), PROMPTS, COMPLETIONS, 2048 * EPS)
 
@@ -143,25 +144,25 @@ def test_dropout_never_acts_whatever_mode_is_asked_for(family):
 def test_a_model_left_in_training_mode_is_put_into_eval_mode():
     lm = tiny.causal_lm("gpt2", dropout=0.5).train()
     assert not any(module.training for module in Policy(lm).modules())
-    assert not any(module.training for module in frozen_copy(lm.train(), temperature=1.0).modules())
+    assert not any(module.training for module in frozen_copy(lm.train(), temperature=1.0).module.modules())
 
 
 def test_a_new_value_head_has_no_opinion_and_works_in_float32_or_wider():
-    policy = Policy(tiny.causal_lm(dtype=torch.bfloat16), value_head=True)
-    assert policy.value_head.linear.weight.dtype == torch.float32
+    policy = Policy(tiny.causal_lm(dtype=torch.bfloat16), critic="head")
+    assert policy.critic.head.linear.weight.dtype == torch.float32
     outputs = forward(policy, PROMPTS, COMPLETIONS)
     assert outputs.values.dtype == torch.float32 and not outputs.values.any()
-    assert make_policy("llama").value_head.linear.weight.dtype == torch.float64
+    assert make_policy("llama").critic.head.linear.weight.dtype == torch.float64
 
 
 def test_the_reference_is_a_copy_that_training_does_not_move():
     lm = tiny.causal_lm(dtype=torch.float64)
     reference = frozen_copy(lm, temperature=TEMPERATURE)
     before = copy.deepcopy(lm.state_dict())
-    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    assert not any(parameter.requires_grad for parameter in reference.module.parameters())
     for parameter in lm.parameters():
         parameter.data += 1.0
-    torch.testing.assert_close(reference.lm.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(reference.module.lm.state_dict(), before, rtol=0, atol=0)
 
 
 # --- the reward model ---------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def test_weights_of_another_model_are_refused_and_the_difference_is_named():
     policy = make_policy("llama")
     with pytest.raises(InputError, match="mlp"):
         load_named_tensors(policy, named_tensors(make_policy("llama", intermediate_size=32)))
-    with pytest.raises(InputError, match="value_head"):
+    with pytest.raises(InputError, match="critic"):
         load_named_tensors(policy, named_tensors(Policy(tiny.causal_lm("llama", dtype=torch.float64))))
 
 

@@ -17,6 +17,7 @@ from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.masking import local_sum
 from rlhf.models.policy import Policy
+from rlhf.models.reference import FrozenReference
 from rlhf.rollout import scoring as scoring_module
 from rlhf.rollout.engine import Completion, Span
 from rlhf.rollout.episode import Episode, Packed, next_sampled, pack
@@ -54,9 +55,9 @@ SCORES = torch.randn(len(EPISODES), generator=torch.Generator().manual_seed(3), 
 
 def model(seed: int, *, value_head: bool = False) -> Policy:
     lm = tiny.causal_lm("gpt2", seed=seed, dtype=torch.float64, num_hidden_layers=1, n_layer=1)
-    policy = Policy(lm, temperature=1.0, value_head=value_head)
+    policy = Policy(lm, temperature=1.0, critic="head" if value_head else None)
     if value_head:
-        tiny.randomise(policy.value_head)
+        tiny.randomise(policy.critic.head)
 
     def ban(module, args, outputs):
         """Only 0, 1 and 2 are ever said, so that the 15 episodes are all there are."""
@@ -88,7 +89,7 @@ def sampled_values(policy: Policy, episode: Episode) -> Tensor:
     """(sampled tokens,): the value before each."""
     hidden = policy.lm.base_model(input_ids=torch.tensor([[*episode.prompt_ids, *episode.ids]])).last_hidden_state
     start = len(episode.prompt_ids) - 1
-    values = policy.value_head(hidden[0, start : start + len(episode.ids)])
+    values = policy.critic.head(hidden[0, start : start + len(episode.ids)])
     return values[torch.tensor(episode.sampled)]
 
 
@@ -100,7 +101,7 @@ def test_the_fifteen_episodes_are_all_there_are(policy):
 
 
 def collected(policy: Policy, reference: Policy) -> Trajectories:
-    return score(EPISODES, SCORES, policy, reference)
+    return score(EPISODES, SCORES, policy, FrozenReference(reference.lm, temperature=1.0))
 
 
 # --- the tensors ---

@@ -102,8 +102,8 @@ def test_what_stands_in_the_padding_is_never_seen(family):
     expected = generate(lm, PROMPTS, config, draws=draws(), eos_ids=EOS, num_completions=2)
 
     def repad(module, args, options, *, pad):
-        ids, attention = options["input_ids"], options["attention_mask"]
-        if ids.shape == attention.shape:  # the prefill, which holds the padding
+        ids, attention = options["input_ids"], options.get("attention_mask")
+        if attention is not None and ids.shape == attention.shape:  # the prefill, which holds the padding
             options["input_ids"] = torch.where(attention.bool(), ids, pad)
         return args, options
 
@@ -149,11 +149,14 @@ def test_equal_prompts_seeds_steps_and_completions_draw_differently():
 
 
 def rows_fed(lm) -> list[tuple[int, int]]:
-    """(rows, columns) of every forward from now on."""
+    """(rows, columns) of every forward of sampling from now on."""
     shapes: list[tuple[int, int]] = []
-    lm.register_forward_pre_hook(
-        lambda module, args, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
-    )
+
+    def note(module, args, options):
+        if options["use_cache"]:
+            shapes.append(tuple(options["input_ids"].shape))
+
+    lm.register_forward_pre_hook(note, with_kwargs=True)
     return shapes
 
 

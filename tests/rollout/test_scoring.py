@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rlhf.errors import TrainingError
-from rlhf.models.policy import Policy, frozen_copy
+from rlhf.models.policy import Policy
+from rlhf.models.reference import frozen_copy
 from rlhf.rollout.engine import Completion
 from rlhf.rollout.episode import Episode, pack
 from rlhf.rollout.sampled import final_scores, length_metrics, rollout_metrics
@@ -30,7 +31,7 @@ def episodes(rows: list[tuple[list[int], list[int]]], *, cut: tuple[int, ...] = 
 class Counting(torch.nn.Module):
     """A policy whose numbers are readable: the log-prob of a token is -token, the value before place t is 10 + t."""
 
-    value_head = object()
+    critic = object()
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +136,7 @@ def test_lengths_count_what_was_sampled_and_not_what_was_inserted_between():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_reference_and_the_policy_are_scored_alike(family):
     lm = tiny.causal_lm(family, dtype=torch.float64)
-    policy = Policy(lm, temperature=0.7, value_head=True)
+    policy = Policy(lm, temperature=0.7, critic="head")
     same, other = (
         frozen_copy(lm, temperature=0.7),
         frozen_copy(tiny.causal_lm(family, seed=5).double(), temperature=0.7),
@@ -146,7 +147,7 @@ def test_the_reference_and_the_policy_are_scored_alike(family):
     far = score(episodes(rows), [0.0] * 5, policy, other, microbatch_tokens=30)
     assert (far.ref_logprobs - far.old_logprobs).abs()[far.mask].min() > 1e-3
     for row, (prompt, ids) in enumerate(rows):  # by definition, one sequence alone
-        logits = other.lm(input_ids=torch.tensor([prompt + ids])).logits[0] / 0.7
+        logits = other.module.lm(input_ids=torch.tensor([prompt + ids])).logits[0] / 0.7
         for t, token in enumerate(ids):
             expected = logits.log_softmax(-1)[len(prompt) + t - 1, token].item()
             assert far.ref_logprobs[row, t].item() == pytest.approx(expected, abs=1e-8)

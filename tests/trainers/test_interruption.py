@@ -172,7 +172,7 @@ class Forget(Callback):
         elif self.what == "optimizer":
             trainer.learner.own_optimizer.state.clear()
         elif self.what == "value head":
-            trainer.policy.value_head.linear.weight.data.zero_()
+            trainer.policy.critic.head.linear.weight.data.zero_()
         elif self.what == "step":
             trainer.step -= 1
 

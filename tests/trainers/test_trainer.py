@@ -96,9 +96,9 @@ def test_the_self_check_says_how_far_sampler_reference_and_policy_are_apart(tmp_
 def test_a_model_whose_two_forwards_disagree_is_stopped_before_anything_is_learnt(tmp_path):
     """Here the cached forward drops the positions, which GPT-2 needs."""
     lm = tiny.causal_lm("gpt2")
+    trainer = tiny.trainer(tmp_path, lm=lm)
     forward = lm.forward
     lm.forward = lambda *args, position_ids=None, **options: forward(*args, **options)
-    trainer = tiny.trainer(tmp_path, lm=lm)
     before = weights(trainer)
     with pytest.raises(TrainingError, match=r"differ by .* nats .*Nothing was trained.*GPT2"):
         trainer.train()
@@ -118,7 +118,7 @@ def test_the_reference_is_the_policy_as_it_was_given_and_stays_it(tmp_path):
     given = copy.deepcopy(lm.state_dict())
     trainer = tiny.trainer(tmp_path / "run", lm=lm)
     trainer.train()
-    reference = trainer.reference.lm.state_dict()
+    reference = trainer.reference.module.lm.state_dict()
     assert all(torch.equal(reference[name], given[name]) for name in given)
     first, *_, last = read_metrics(tmp_path / "run")
     assert abs(first["reward_kl"]) < 1e-6 < 1e-3 < abs(last["reward_kl"])
@@ -357,7 +357,7 @@ import sys, torch
 from tests import tiny
 from tests.rollout.sampling import Draws, generate
 lm, used = tiny.causal_lm(initializer_range=0.1), set()
-trainer = tiny.trainer(sys.argv[1], lm=lm, precision="bfloat16")
+trainer = tiny.trainer(sys.argv[1], lm=lm, precision="bfloat16", frozen_precision="float32")
 lm.get_output_embeddings().register_forward_hook(lambda module, args, output: used.add(output.dtype))
 before = {n: p.detach().clone() for n, p in trainer.policy.named_parameters()}
 metrics = trainer.train()
