@@ -23,6 +23,7 @@ from supervised import (
     match_special_tokens,
     report,
     save,
+    to_train,
     training_arguments,
 )
 from torch import Tensor
@@ -146,7 +147,7 @@ def fit_reward_model(model: PreTrainedModel, inputs: Inputs, config: RewardModel
     disable_dropout(model)
     train_set, eval_set = inputs.tokenized(tokenize_preferences, config.max_tokens)
     trainer = RewardTrainer(
-        model=model,
+        model=to_train(model, config, "SEQ_CLS"),
         args=training_arguments(config),
         train_dataset=train_set,
         data_collator=lambda rows: pad_pairs(rows, tokenizer.pad_token_id),

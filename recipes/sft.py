@@ -20,6 +20,7 @@ from supervised import (
     match_special_tokens,
     report,
     save,
+    to_train,
     training_arguments,
 )
 from torch import Tensor
@@ -59,7 +60,7 @@ def fine_tune(model: PreTrainedModel, inputs: Inputs, config: SFTConfig) -> Path
     match_special_tokens(model, tokenizer)
     train_set, eval_set = inputs.tokenized(tokenize_completions, config.max_tokens)
     trainer = Trainer(
-        model=model,
+        model=to_train(model, config, "CAUSAL_LM"),
         args=training_arguments(config),
         train_dataset=train_set,
         data_collator=lambda rows: pad_completions(rows, tokenizer.pad_token_id),

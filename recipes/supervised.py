@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rlhf.data.rows import load_rows
 from rlhf.errors import InputError
+from rlhf.models.adapters import Adapters, LoRASettings
 from rlhf.models.loading import load_tokenizer
 from rlhf.runs.files import beside, put_in_place
 
@@ -50,7 +51,8 @@ class SupervisedConfig:
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm."""
     bf16: bool = False
-    """Compute in bfloat16 by autocast; the weights stay float32."""
+    """Compute in bfloat16 by autocast; the weights that are trained stay float32."""
+    lora: LoRASettings = field(default_factory=LoRASettings)
     save_steps: int = 0
     """Optimizer steps between checkpoints in `<output_dir>.checkpoints`; 0 saves none."""
     resume: bool = False
@@ -146,6 +148,20 @@ class _Bar(ProgressCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draws no second bar for the evaluation."""
+
+
+def to_train(model: PreTrainedModel, config: SupervisedConfig, task: str) -> Any:
+    """The model, or a `PeftModel` of it if `config` asks for an adapter, which alone is then trained and saved.
+
+    task: what the model does, in peft's words; of a SEQ_CLS model peft also trains the head.
+    """
+    settings = config.lora.peft_config(task)
+    if settings is None:
+        return model
+    adapters = Adapters.add(model, settings, seed=config.seed)
+    if config.bf16:
+        adapters.cast_base(torch.bfloat16)
+    return adapters.model
 
 
 def prepare_trainer(trainer: Trainer, config: SupervisedConfig) -> None:

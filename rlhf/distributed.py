@@ -32,8 +32,8 @@ class Distributed:
         tracker_dir: str | None = None,
     ) -> None:
         """cpu: do not use a GPU. precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a
-        name that Accelerate knows. Raises InputError if the launch asks for sharding, the tracker is unknown or not
-        installed, or this process already uses another precision.
+        name that Accelerate knows. Raises InputError if the launch asks for a kind of sharding or a number of processes
+        that this run would not have, the tracker is unknown or not installed, or this process uses another precision.
         """
         sharded = _asks_for_shards()
         _check_tracker(tracker)
@@ -57,8 +57,7 @@ class Distributed:
         self.device = self.accelerator.device
         self.strategy = self.accelerator.distributed_type.value
         self.precision = precision
-        self.notes = _notes_on_launch(self.world_size)
-        """Notes on how the run was launched, one line each, for the run to print."""
+        _check_world_size(self.world_size)
         self._plain = self.world_size == 1 and precision == "float32"
         self.layout: Layout = FullySharded(self.accelerator) if sharded else Replicated(self.accelerator)
         if self.world_size > 1:
@@ -169,16 +168,17 @@ def _check_tracker(tracker: str | None) -> None:
         raise InputError(f"tracker={tracker!r} is not installed: pip install {tracker}, or set tracker to null.")
 
 
-def _notes_on_launch(world_size: int) -> list[str]:
-    """A note if `accelerate launch --cpu --num_processes 2` started one process: it still sets the others' address."""
+def _check_world_size(world_size: int) -> None:
+    """Refuses a run with fewer processes than it was launched for: all batch sizes would still be met, but slowly."""
     environment = os.environ
+    wanted = int(environment.get("WORLD_SIZE", world_size))
+    # `accelerate launch --cpu --num_processes 2` starts one process, and still sets the address of the others.
     launched = "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment
-    if world_size == 1 and launched and "MASTER_ADDR" in environment:
-        return [
-            "note: accelerate launch was asked for several processes and has started one: several on a CPU need "
-            "--config_file recipes/accelerate/cpu2.yaml"
-        ]
-    return []
+    if world_size < wanted or (world_size == 1 and launched and "MASTER_ADDR" in environment):
+        raise InputError(
+            f"The launch asked for {wanted if wanted > 1 else 'several'} processes and has started {world_size}: several "
+            "on a CPU need --config_file recipes/accelerate/cpu2.yaml. For one process, set --num_processes to 1."
+        )
 
 
 def _leave_group() -> None:

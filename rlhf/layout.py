@@ -4,6 +4,7 @@ A layout makes the model and optimizer that are trained, exchanges gradients, ga
 whole tensors to checkpoints and exports. Nothing else knows how weights are stored.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -120,6 +121,13 @@ class FullySharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
+        if not torch.distributed.is_initialized():
+            raise InputError(
+                "FSDP2 needs a group of processes, also for one: start the run with accelerate launch --config_file "
+                "recipes/accelerate/fsdp2.yaml."
+            )
+        # It warns of in-place changes of outputs that are views; nothing here makes any.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self.is_main = accelerator.is_main_process
         self.world_size = accelerator.num_processes
         self.mesh = init_device_mesh(accelerator.device.type, (self.world_size,))

@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import CRITIC, Adapters
-from rlhf.models.loading import load_model
+from rlhf.models.loading import load_classifier, load_model
 from rlhf.models.states import states_before
 
 CriticChoice: TypeAlias = Literal["head", "adapter"] | str | PreTrainedModel
@@ -131,12 +131,13 @@ class AdapterCritic(Critic):
 
 def load_critic(path: str) -> PreTrainedModel:
     """A sequence classifier with one label, in float32: a reward model as it is, or a causal LM with a new score of 0."""
-    architectures = load_model(AutoConfig, path, "critic").architectures or []
-    scores = any(name.endswith("ForSequenceClassification") for name in architectures)
-    options = {} if scores else {"num_labels": 1}
-    model = load_model(AutoModelForSequenceClassification, path, "critic", dtype=torch.float32, **options)
+    config = load_model(AutoConfig, path, "critic")
+    scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if scores and config.num_labels != 1:
+        raise InputError(f"critic={path!r} has {config.num_labels} labels, but a value is one number. Give one with 1.")
+    model = load_classifier(path, "critic")
     if not scores and isinstance(getattr(model, "score", None), nn.Linear):
-        nn.init.zeros_(model.score.weight)
+        nn.init.zeros_(model.score.weight)  # type: ignore[arg-type]
     return model
 
 

@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
 from rlhf.errors import InputError
 
@@ -30,6 +37,16 @@ def load_causal_lm(path: str, *, setting: str = "policy", dtype: torch.dtype = t
     return load_model(
         _Loader(lambda found, **_: PeftModel.from_pretrained(base, found, is_trainable=True)), path, setting
     )
+
+
+def load_classifier(path: str, setting: str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A sequence classifier with one label. The head of a causal LM is new, and no message says so."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return load_model(AutoModelForSequenceClassification, path, setting, num_labels=1, dtype=dtype or torch.float32)
+    finally:
+        logging.set_verbosity(level)
 
 
 def is_adapter(path: str) -> bool:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rlhf.data.tokenization import Encoder, Text
 from rlhf.errors import InputError
-from rlhf.models.loading import from_pretrained
+from rlhf.models.loading import base_of, from_pretrained, is_adapter, load_classifier
 
 
 class RewardModel:
@@ -84,6 +84,8 @@ class RewardModel:
                 f"{where} does not exist. Give a directory saved by save_pretrained or owner/name on the hub."
             )
         try:
+            if is_adapter(str(path)):
+                return cls._of_adapter(str(path), device, policy_tokenizer, dtype, options)
             kinds = from_pretrained(AutoConfig, path, "reward_model").architectures or []
             if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
                 raise InputError(
@@ -104,16 +106,25 @@ class RewardModel:
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise InputError(f"{where} lacks trained weights for {missing}. Train it with recipes/reward_model.py.")
-        try:
-            tokenizer = from_pretrained(AutoTokenizer, path, "reward_model")
-        except InputError:
-            raise
-        except (OSError, ValueError):
-            tokenizer = None  # no tokenizer was saved: the model reads the policy's ids
-        name = options.pop("name", Path(path).name)
-        return cls(
-            model.to(device), reward_tokenizer=tokenizer, policy_tokenizer=policy_tokenizer, name=name, **options
-        )
+        options = {"name": Path(path).name, **options}
+        return cls(model.to(device), reward_tokenizer=_tokenizer_at(path), policy_tokenizer=policy_tokenizer, **options)
+
+    @classmethod
+    def _of_adapter(
+        cls,
+        path: str,
+        device: torch.device | str,
+        policy_tokenizer: Any,
+        dtype: torch.dtype | None,
+        options: dict[str, Any],
+    ) -> "RewardModel":
+        """The base that the adapter at `path` names, with that adapter, whose folder also holds the trained head."""
+        from peft import PeftModel
+
+        base = load_classifier(base_of(path, "reward_model"), "reward_model", dtype=dtype)
+        model = PeftModel.from_pretrained(base, path).to(device)
+        options = {"name": Path(path).name, **options}
+        return cls(model, reward_tokenizer=_tokenizer_at(path), policy_tokenizer=policy_tokenizer, **options)
 
     def __call__(
         self,
@@ -189,6 +200,15 @@ class RewardModel:
                     f"reward_model={self.name!r}: row {row} has {len(ids)} tokens, the model reads {longest}. "
                     "Lower max_prompt_tokens or max_new_tokens."
                 )
+
+
+def _tokenizer_at(path: str | Path) -> Any:
+    try:
+        return from_pretrained(AutoTokenizer, path, "reward_model")
+    except InputError:
+        raise
+    except (OSError, ValueError):
+        return None  # none was saved: the model reads the policy's ids
 
 
 def _batches(lengths: Sequence[int], microbatch_tokens: int) -> Iterator[list[int]]:

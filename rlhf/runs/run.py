@@ -143,7 +143,6 @@ class Run:
         self._display = display or Display()
         try:
             self._open_logs()
-            self.say(*self.distributed.notes)
             with waiting_signals() as self._signals:
                 yield
         except BaseException as error:

@@ -1,0 +1,225 @@
+"""Layouts equal one process: DDP and FSDP2 on two gloo processes sample the same tokens and learn the same weights.
+
+The processes are real ones (torchrun); this file is also what they run. One launch runs every case under both layouts.
+Cases cover pairwise: tied and untied weights, all weights and adapters (fresh, and one trained before), each critic,
+dynamic sampling, a reward model and a reference that are sharded too, unequal lengths, prompts and microbatches, and
+tensors smaller than the number of processes (the bias of a value head has one number).
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from rlhf.models.adapters import adapter_of
+from rlhf.rewards.model import RewardModel
+from rlhf.runs.jsonlines import read_metrics
+from tests import tiny
+from tests.trainers.grpo_runs import lines_of
+from tests.trainers.grpo_runs import make_trainer as grpo_trainer
+
+STEPS = 3
+WEIGHTS = 1e-9
+"""Largest difference of a weight after 3 steps in float64, see DESIGN: the order of sums alone differs."""
+PROMPTS = ["ab", "c", "defgh", "gha", "bbbbbbb", "hg", "fed"]
+LAYOUTS = ("ddp", "fsdp2")
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": "all-linear", **settings})
+
+
+def trained_adapter(family: str) -> Any:
+    """A PeftModel whose adapter has an effect."""
+    model = get_peft_model(tiny.causal_lm(family, dtype=torch.float64), lora())
+    tiny.randomise(model)  # the base too: it is what it is
+    return model
+
+
+def ppo(out: Path, family: str, **settings: Any) -> Any:
+    return tiny.trainer(
+        out,
+        lm=settings.pop("lm", None) or tiny.causal_lm(family, dtype=torch.float64),
+        dataset=tiny.rows(PROMPTS),
+        eval_dataset=tiny.rows(["abc", "hh", "dead"]),
+        total_steps=STEPS,
+        update={"minibatch_size": 3, **settings.pop("update", {})},
+        **{"prompts_per_step": 6, "checkpoint_every": 1, "keep_checkpoints": STEPS, **settings},
+        log_completions=2,  # each process has as many
+    )
+
+
+def grpo(out: Path, family: str, *, peft_config: Any = None, **settings: Any) -> Any:
+    lm = tiny.causal_lm(family, dtype=torch.float64)
+    return grpo_trainer(out, lm=lm, peft_config=peft_config, keep_checkpoints=STEPS, total_steps=STEPS, **settings)
+
+
+def judge() -> RewardModel:
+    model = tiny.reward_model("llama", dtype=torch.float64)
+    return RewardModel(model, reward_tokenizer=tiny.tokenizer())
+
+
+CASES: dict[str, Callable[[Path], Any]] = {
+    "tied": lambda out: ppo(
+        out,
+        "gpt2",
+        prompts_per_step=9,  # 4 and 5 prompts; minibatches of 3: 2 rows and 1
+        update={"microbatch_tokens": 24},
+        ppo={"kl_target": 0.5, "kl_horizon": 50, "entropy_coef": 0.02},
+        eval_every=2,
+    ),
+    "untied, judged by a model, critic made from it": lambda out: ppo(
+        out,
+        "llama",
+        rewards=judge(),
+        critic=tiny.reward_model("llama", dtype=torch.float64),
+        update={"minibatch_size": 1},  # the second process has no row
+        critic_learning_rate=3e-2,
+        critic_warmup_steps=1,
+        gradient_checkpointing=True,
+    ),
+    "adapter and value adapter": lambda out: ppo(
+        out, "llama", peft_config=lora(), critic="adapter", update={"microbatch_tokens": 1}, gradient_checkpointing=True
+    ),
+    "from a trained adapter": lambda out: ppo(out, "gpt2", lm=trained_adapter("gpt2"), ppo={"kl_coef": 0.2}),
+    "dynamic sampling": lambda out: grpo(out, "gpt2", update={"microbatch_tokens": 20}),
+    "adapter without a critic": lambda out: grpo(out, "llama", peft_config=lora(modules_to_save=["lm_head"])),
+}
+
+
+def run_case(case: str, out: Path) -> Any:
+    trainer = CASES[case](out)
+    chunk = trainer.policy
+    chunk.chunk_tokens = 5  # several chunks of logits
+    trainer.train()
+    return trainer
+
+
+class Collectives:
+    """Counts this process's collectives, by name and in order."""
+
+    names = ("all_reduce", "all_gather", "barrier", "broadcast", "all_gather_object")
+    sharded = ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single")
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        for name in (*self.names, *self.sharded):
+            if hasattr(dist, name):  # newer versions of torch have other names
+                setattr(dist, name, self._noting(name, getattr(dist, name)))
+
+    def _noting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **keywords: Any) -> Any:
+            self.seen.append(name)
+            return function(*arguments, **keywords)
+
+        return called
+
+
+def main(out: Path) -> None:
+    """What each process does."""
+    torch.set_num_threads(1)
+    counted = Collectives()
+    for layout in LAYOUTS:
+        os.environ.update({"ACCELERATE_USE_FSDP": str(layout == "fsdp2").lower(), "FSDP_VERSION": "2"})
+        for case in CASES:
+            counted.seen.clear()
+            trainer = run_case(case, out / layout / case)
+            assert trainer.distributed.layout.name == {"ddp": "DDP", "fsdp2": "FSDP2"}[layout]
+            torch.save(list(counted.seen), out / f"{layout}-{case}.{os.environ['RANK']}.pt")
+
+
+def launch(out: Path, *arguments: str, processes: int = 2, timeout: float = 400) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += ["-m", "tests.trainers.test_layouts", str(out), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    launch(out)
+    return out
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory, two) -> tuple[str, Path, Path]:
+    """(name, what one process wrote, what two processes wrote)."""
+    one = tmp_path_factory.mktemp("one")
+    run_case(request.param, one)
+    return request.param, one, two
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = run / "checkpoints" / f"step-{STEPS:06d}"
+    return {**load_file(checkpoint / "policy.safetensors"), **load_file(checkpoint / "optimizer.safetensors")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_samples_the_tokens_of_one_process(case, layout):
+    name, one, two = case
+    runs = [lines_of(run) for run in (one, two / layout / name)]
+    ids = [[(line["step"], line["completion"]) for line in lines] for lines in runs]
+    assert ids[0] == ids[1] and ids[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_learns_the_weights_and_moments_of_one_process(case, layout):
+    name, one, two = case
+    expected, got = weights(one), weights(two / layout / name)
+    assert got.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(got[key], tensor, rtol=0, atol=WEIGHTS, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_reports_the_metrics_of_one_process(case, layout):
+    name, one, two = case
+    for expected, got in zip(read_metrics(one), read_metrics(two / layout / name), strict=True):
+        assert got == pytest.approx(expected, rel=1e-7, abs=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_exported_policy_is_that_of_one_process(case, layout):
+    name, one, two = case
+    folders = [one / "policy", two / layout / name / "policy"]
+    files = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in folders]
+    assert files[0] == files[1]
+    for file in files[0]:
+        if file.suffix == ".safetensors":
+            expected, got = (load_file(folder / file) for folder in folders)
+            assert got.keys() == expected.keys()
+            for key in expected:
+                torch.testing.assert_close(got[key], expected[key], rtol=0, atol=WEIGHTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_processes_make_the_same_collectives_in_the_same_order(case, layout):
+    name, _, two = case
+    ranks = [torch.load(two / f"{layout}-{name}.{rank}.pt") for rank in range(2)]
+    assert ranks[0] == ranks[1] and len(ranks[0]) > 20
+
+
+def test_a_checkpoint_holds_the_adapters_alone(case):
+    name, one, _ = case
+    if "adapter" in name:
+        kept = load_file(one / "checkpoints" / f"step-{STEPS:06d}" / "policy.safetensors")
+        assert all(key.startswith("critic.") or adapter_of(key) for key in kept)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
