@@ -107,7 +107,7 @@ def trained(kind: str, precision: str, folder: Path) -> Any:
 
 def devices(trainer: Any) -> None:
     """Policy, reference, optimizer state and trajectories are where they should be."""
-    tensors = [*trainer.policy.parameters(), *trainer.reference.parameters()]
+    tensors = [*trainer.policy.parameters(), *trainer.reference.module.parameters()]
     for state in trainer.learner.own_optimizer.state.values():
         tensors += [value for value in state.values() if torch.is_tensor(value) and value.dim() > 0]
     with quiet():

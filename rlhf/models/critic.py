@@ -137,7 +137,7 @@ def load_critic(path: str) -> PreTrainedModel:
         raise InputError(f"critic={path!r} has {config.num_labels} labels, but a value is one number. Give one with 1.")
     model = load_classifier(path, "critic")
     if not scores and isinstance(getattr(model, "score", None), nn.Linear):
-        nn.init.zeros_(model.score.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(model.score.weight)  # type: ignore[union-attr,arg-type]
     return model
 
 

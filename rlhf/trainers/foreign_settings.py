@@ -10,8 +10,8 @@ _SURROGATE = "not available: choose grpo.surrogate clipped or clipped_weight"
 _REFERENCE = "not available: the reference stays as it is. Start a second run from the policy of the first"
 _ENTROPY = "not available: use a fixed grpo.entropy_coef"
 _HUB = "not available: nothing is uploaded. Upload output_dir yourself"
-_PEFT = "not available: all weights are trained"
-_SHARDING = "not available: each process holds the whole model. Start several with accelerate launch"
+_QUANTISED = "not available as a setting: load the quantised model in Python and pass it as policy, with lora.r above 0"
+_SHARDING = "not available as a setting: start with accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
 
 INSTEAD: dict[str, str] = {
     # the group and the scores
@@ -87,8 +87,8 @@ INSTEAD: dict[str, str] = {
     "cast_lm_head_to_fp32": "not available: weights are float32 anyway; set precision float32 for the arithmetic too",
     "bf16": "precision bfloat16",
     "fp16": "precision bfloat16",
-    "gradient_checkpointing": "not available: lower update.microbatch_tokens for less memory",
-    **dict.fromkeys(("use_peft", "peft_config", "lora_r", "load_in_4bit", "quantization_config"), _PEFT),
+    **dict.fromkeys(("use_peft", "peft_config", "lora_r"), "lora.r, above 0 to train an adapter"),
+    **dict.fromkeys(("load_in_4bit", "quantization_config"), _QUANTISED),
     **dict.fromkeys(("ds3_gather_for_generation", "deepspeed", "fsdp"), _SHARDING),
     "torch_compile": "not available: only control tasks with small networks are compiled",
     # logs and checkpoints

@@ -455,7 +455,7 @@ def test_the_guide_explains_every_metric_of_a_control_run_and_no_other():
     rows = TUNING[TUNING.index("## Metrics") : TUNING.index("## Names and")].splitlines()
     named = {name for row in rows if row.startswith("| `") for name in re.findall(r"`([\w/]+)`", row.split("|")[1])}
     of_language_models = {"score", "score_std", "reward_kl", "kl_coef", "prompts_seen", "completion_length"}
-    of_language_models |= {"truncated_fraction", "rewards/unscored"}
+    of_language_models |= {"truncated_fraction", "rewards/unscored", "critic_grad_norm"}
     of_language_models |= {
         "reward",
         "reward_std",

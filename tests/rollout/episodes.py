@@ -5,6 +5,8 @@ from typing import Any
 
 from rlhf.data.prompts import Prompt
 from rlhf.rewards.combine import RewardResult
+from rlhf.models.policy import Policy
+from rlhf.models.reference import FrozenReference
 from rlhf.rollout.engine import Completion, Span
 from rlhf.rollout.episode import Episode, single_turn
 from rlhf.rollout.sampled import Sampled
@@ -44,5 +46,7 @@ def score(
     step: int = 0,
 ) -> Trajectories:
     """`Scorer` on one process."""
+    if isinstance(reference, Policy):
+        reference = FrozenReference(reference.lm, temperature=reference.temperature)
     scorer = Scorer(policy=policy, reference=reference, microbatch_tokens=microbatch_tokens, distributed=alone())
     return scorer(episodes, scores, range(len(episodes)) if row_index is None else row_index, step=step)

@@ -17,7 +17,6 @@ from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.core.masking import local_sum
 from rlhf.models.policy import Policy
-from rlhf.models.reference import FrozenReference
 from rlhf.rollout import scoring as scoring_module
 from rlhf.rollout.engine import Completion, Span
 from rlhf.rollout.episode import Episode, Packed, next_sampled, pack
@@ -101,7 +100,7 @@ def test_the_fifteen_episodes_are_all_there_are(policy):
 
 
 def collected(policy: Policy, reference: Policy) -> Trajectories:
-    return score(EPISODES, SCORES, policy, FrozenReference(reference.lm, temperature=1.0))
+    return score(EPISODES, SCORES, policy, reference)
 
 
 # --- the tensors ---
