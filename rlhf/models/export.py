@@ -15,16 +15,19 @@ from transformers.utils import logging
 
 from rlhf.errors import TrainingError
 from rlhf.models.policy import Policy
-from rlhf.runs.files import written_beside
+from rlhf.runs.files import disk_errors, written_beside
 from rlhf.training.weights import named_tensors
 
 
 def save_policy(policy: Policy, tokenizer: Any, final: Path) -> None:
     """Write model, tokenizer and value head to the folder `final`, completely or not at all.
 
-    The folder is loaded again and compared with the policy, number by number; raises TrainingError if they differ.
+    The folder is loaded again and compared with the policy, number by number; raises TrainingError if they differ, or if
+    it cannot be written.
     """
-    with written_beside(final) as temporary, _no_bars():
+    remedy = "The run's last checkpoint holds the trained policy: free disk space or fix the path, then resume."
+    failed = disk_errors(f"{final} was not written", remedy, also=Exception)  # tokenizers raise nothing more exact
+    with failed, written_beside(final) as temporary, _no_bars():
         policy.lm.save_pretrained(temporary, state_dict=_rewritten(policy.lm))
         _declare(temporary, _widest(policy.lm))
         tokenizer.save_pretrained(temporary)

@@ -1,5 +1,6 @@
 """The learner, which turns trajectories into new weights, for language models and control tasks alike."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,13 +9,13 @@ from torch.optim import Optimizer
 
 from rlhf.algorithms.base import Algorithm
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError
-from rlhf.runs.checkpoint import Saved
-from rlhf.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from rlhf.errors import InputError, excerpt
+from rlhf.runs.checkpoint import ANOTHER, Saved
+from rlhf.training.optimizer_state import check_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
 from rlhf.training.sampler import Agreement, check_sampler
 from rlhf.training.steppers import EagerStepper, Stepper
 from rlhf.training.update import UpdateConfig, make_stepper, update
-from rlhf.training.weights import load_named_tensors, named_tensors
+from rlhf.training.weights import check_named_tensors, load_named_tensors, named_tensors
 from rlhf.types import TrainingBatch, Trajectories
 
 Arrange = Callable[[TrainingBatch], TrainingBatch]
@@ -136,8 +137,25 @@ class Learner:
         values = {"algorithm": self.algorithm_state, "optimizer": optimizer_state, "updates": self.updates}
         return Saved(values, {"policy": named_tensors(self.policy), "optimizer": tensors})
 
+    def check(self, saved: Saved, step: int | None = None) -> None:
+        """Raises InputError unless `saved` is a `state` of this model and optimizer, after `step` steps if given.
+
+        At most one group of tensors is in memory.
+        """
+        updates = saved.count("updates")
+        if step not in (None, updates):
+            raise InputError(f"state.json: updates is {updates}, but the checkpoint is of step {step}. {ANOTHER}")
+        for name, value in saved.value("algorithm", dict).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"state.json: {name} is {excerpt(value)}, not a finite number. {ANOTHER}")
+        optimizer = saved.value("optimizer", dict)
+        check_named_tensors(self.policy, saved.tensors["policy"])
+        named = self.policy.named_parameters()
+        check_optimizer_tensors(self.own_optimizer, named, saved.tensors["optimizer"], optimizer)
+
     def load(self, saved: Saved) -> None:
-        """Restores a `state`, to continue exactly from there. InputError if it is of another model or optimizer."""
+        """Restores a `state`, to continue exactly from there. InputError, before anything changes, if it does not fit."""
+        self.check(saved)
         load_named_tensors(self.policy, saved.tensors["policy"])
         load_optimizer_tensors(
             self.own_optimizer,
