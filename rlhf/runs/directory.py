@@ -246,7 +246,9 @@ class RunDirectory:
             write_whole(self.path / RUN_FILE, _RUN_MARK)
         if not self.checkpoints.is_dir():
             if os.path.lexists(self.checkpoints):
-                raise TrainingError(f"{self.checkpoints} is a {_kind(self.checkpoints)} now. Move it away, then resume.")
+                raise TrainingError(
+                    f"{self.checkpoints} is a {_kind(self.checkpoints)} now. Move it away, then resume."
+                )
             self.checkpoints.mkdir()
 
     def _steps(self) -> dict[int, Path]:

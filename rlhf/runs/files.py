@@ -37,7 +37,7 @@ def disk_errors(
 
 
 def still_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one at `path`: writing to one that was removed or replaced would lose what is written."""
+    """Whether the open file is the one at `path`: what is written to one that was removed or replaced is lost."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except (FileNotFoundError, NotADirectoryError):

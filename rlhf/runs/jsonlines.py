@@ -102,6 +102,8 @@ def number(value: float) -> float | int | None:
     """A metric as JSON holds it; NaN and infinity become null."""
     if isinstance(value, int):
         return value
+    if isinstance(value, str | bytes):
+        raise TypeError("it is text")  # which float() would read
     value = float(value)  # also numpy scalars and 0-d tensors
     return value if math.isfinite(value) else None
 

@@ -292,7 +292,7 @@ class Run:
 def _load(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
     """Load all parts, the first one last. All that the parts can check is checked before anything is changed."""
     for method in ("check", "load"):
-        for name, part in reversed(parts.items()):
+        for name, part in reversed(list(parts.items())):
             try:
                 if method == "load":
                     part.load(checkpoint.part(name))
