@@ -249,6 +249,7 @@ class RunDirectory:
                 raise TrainingError(
                     f"{self.checkpoints} is a {_kind(self.checkpoints)} now. Move it away, then resume."
                 )
+            warnings.warn(f"{self.checkpoints} was removed during the run, and is made again", stacklevel=4)
             self.checkpoints.mkdir()
 
     def _steps(self) -> dict[int, Path]:

@@ -152,7 +152,8 @@ class Run:
             try:
                 self._rescue()
             except Exception as failure:
-                error.add_note(f"rlhf: the completed steps could not be saved: {failure}")
+                again = str(failure) == str(error)  # it was saving that failed
+                error.add_note(f"rlhf: the completed steps could not be saved{'' if again else f': {failure}'}")
             raise
         finally:
             self._close_logs()
