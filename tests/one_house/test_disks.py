@@ -150,7 +150,7 @@ def test_a_full_disk_costs_nothing_that_was_saved_and_the_run_goes_on_when_there
         world.start(folder, callbacks=[At(1, fill)])
     except OURS as error:
         assert str(folder) in str(error) and "No space left" in str(error)
-        policy = "not written" in str(error) and "policy" in str(error).split(":")[0] or "The agent" in str(error)
+        policy = ("not written" in str(error) and "policy" in str(error).split(":")[0]) or "The agent" in str(error)
         assert steps(folder) == (["step-000002", LAST] if policy else ["step-000002"])
         assert not (folder / world.weights_file).exists() and "resume" in str(error)
     else:
@@ -169,7 +169,10 @@ def places(*names: str):
     """(world, name of a file of its runs)"""
     pairs = []
     control = [name for name in names if name not in ("policy", "completions.jsonl")]
-    for world, named in ((Tokens(), names), (Control(), [*control, *([WEIGHTS_FILE, AGENT_FILE] * ("policy" in names))])):
+    for world, named in (
+        (Tokens(), names),
+        (Control(), [*control, *([WEIGHTS_FILE, AGENT_FILE] * ("policy" in names))]),
+    ):
         for name in named:
             pairs.append(pytest.param(world, name, id=f"{type(world).__name__}-{name}"))
     return pairs
