@@ -19,7 +19,7 @@ from gym_baselines.envs.spaces import space_from_json, space_to_json
 from gym_baselines.networks import ActorCritic, Features, NetworkConfig
 from rlhf.core.random import EVALUATION, uniform
 from rlhf.errors import InputError
-from rlhf.runs.files import write_whole
+from rlhf.runs.files import disk_errors, write_whole
 
 AGENT_FILE, WEIGHTS_FILE, EVALUATION_FILE = "agent.json", "policy.safetensors", "evaluation.json"
 _FORMAT = "gym_baselines agent 2"
@@ -101,12 +101,11 @@ class Agent:
             "environment_steps": self.environment_steps,
             "recent_returns": self.recent_returns,
         }
-        try:
+        remedy = "Free disk space, fix the path or name another folder; a run exports its agent when it is resumed."
+        with disk_errors(f"The agent cannot be saved in {directory}", remedy, kind=InputError):
             directory.mkdir(parents=True, exist_ok=True)
             write_whole(directory / WEIGHTS_FILE, weights)
             write_whole(directory / AGENT_FILE, json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n")
-        except OSError as error:
-            raise InputError(f"The agent cannot be saved in {directory}: {error}. Name another folder.") from error
 
     @classmethod
     def load(cls, directory: str | Path, *, features: Features | None = None) -> "Agent":

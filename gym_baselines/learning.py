@@ -7,7 +7,8 @@ from torch.optim import Adam, Optimizer, RMSprop
 
 from gym_baselines.config import TrainConfig
 from gym_baselines.stepping.flat import FlatStepper
-from rlhf.runs.checkpoint import Saved
+from rlhf.errors import InputError, excerpt
+from rlhf.runs.checkpoint import ANOTHER, Saved
 from rlhf.training.sampler import Agreement
 from rlhf.training.steppers import Stepper
 from rlhf.types import TrainingBatch
@@ -34,7 +35,10 @@ class Schedule:
         return Saved({"steps": [self.start, self.end]})
 
     def load(self, saved: Saved) -> None:
-        self.start, end = saved.values["steps"]
+        steps = saved.value("steps", list)
+        if [type(number) for number in steps] != [int, int] or not 0 <= steps[0] <= steps[1]:
+            raise InputError(f"state.json: steps is {excerpt(steps)}, not the first and the last step. {ANOTHER}")
+        self.start, end = steps
         self.end = max(end, self.start + self.planned)  # a resumed run may be given more steps
 
 

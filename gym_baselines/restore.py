@@ -5,6 +5,7 @@ user's own vector environment, or one that is not a function of its seed and act
 reported.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from gym_baselines.collect import Collector
 from gym_baselines.envs.vector import replay, replay_records, replays
 from gym_baselines.normalize import RewardScale
 from gym_baselines.record import Segment
+from rlhf.errors import InputError, excerpt
+from rlhf.runs.checkpoint import ANOTHER
 
 Rows = dict[int, dict[str, Any]]
 """Global row index -> arrays and numbers of the row, by name."""
@@ -63,6 +66,40 @@ def from_checkpoint(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Rows
         row, _, name = key.partition("/")
         rows.setdefault(int(row), {})[name] = value
     return rows
+
+
+def check_rows(own: Rows, saved: Rows) -> None:
+    """Raise InputError unless each row in `own`, the states of fresh environments, has a saved state of the same kind.
+
+    What a replay needs is not compared: it shows in the observation that the replay ends with.
+    """
+    for row, state in own.items():
+        found = {name: value for name, value in saved.get(row, {}).items() if not name.startswith("carried/")}
+        for name in sorted(state.keys() | found.keys()):
+            if not _alike(state.get(name), found.get(name), exactly=not name.startswith("replay/")):
+                raise InputError(
+                    f"The saved state of environment {row} has for {name} {_kind(found.get(name))}, these environments "
+                    f"have {_kind(state.get(name))}. {ANOTHER}"
+                )
+
+
+def are_numbers(values: Any, count: int) -> bool:
+    """Whether `values`, read from JSON, is a list of `count` finite numbers."""
+    return isinstance(values, list) and len(values) == count and all(_is_finite(value) for value in values)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _alike(own: Any, saved: Any, *, exactly: bool) -> bool:
+    if isinstance(own, np.ndarray) and isinstance(saved, np.ndarray):
+        return not exactly or (own.dtype == saved.dtype and own.shape == saved.shape)
+    return type(own) is type(saved) and (not isinstance(saved, float) or math.isfinite(saved))
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else excerpt(value)
 
 
 def restore_rows(collector: Collector, scale: RewardScale | None, rows: Rows) -> list[int]:

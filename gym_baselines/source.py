@@ -9,10 +9,11 @@ import torch
 from gym_baselines.collect import Collector
 from gym_baselines.networks import ActorCritic
 from gym_baselines.normalize import RewardScale
-from gym_baselines.restore import from_checkpoint, restore_rows, row_states, to_checkpoint
+from gym_baselines.restore import are_numbers, check_rows, from_checkpoint, restore_rows, row_states, to_checkpoint
 from rlhf.core.masking import masked_mean
 from rlhf.distributed import Distributed
-from rlhf.runs.checkpoint import Saved
+from rlhf.errors import InputError, excerpt
+from rlhf.runs.checkpoint import ANOTHER, Saved
 from rlhf.training.source import Collected
 from rlhf.types import Trajectories
 
@@ -108,6 +109,23 @@ class EnvironmentSource:
             "recent": [list(pair) for pair in self.recent],
         }
         return Saved(values, {"rows": {name: tensor.clone() for name, tensor in tensors.items()}})
+
+    def check(self, saved: Saved, step: int) -> None:
+        """Raise InputError unless `saved` is a state after `step` steps of environments like these."""
+        saved.count("environment_steps")
+        if saved.count("rollouts") != step:
+            raise InputError(
+                f"state.json: rollouts is {saved.count('rollouts')}, but the checkpoint is of step {step}. {ANOTHER}"
+            )
+        recent, moments = saved.value("recent", list), saved.values.get("reward_moments")
+        if not all(are_numbers(pair, 2) for pair in recent):
+            raise InputError(f"state.json: recent is {excerpt(recent)}, not pairs of return and length. {ANOTHER}")
+        if not (moments is None if self.reward_scale is None else are_numbers(moments, 3)):
+            raise InputError(
+                f"state.json: reward_moments is {excerpt(moments)}, which does not fit this run. {ANOTHER}"
+            )
+        rows = from_checkpoint(dict(saved.tensors["rows"]), saved.value("rows", dict))
+        check_rows(row_states(self.collector, self.reward_scale), rows)
 
     def load(self, saved: Saved) -> None:
         """Restore what `state` saved; `restarted` then lists the rows whose episodes could not be restored."""

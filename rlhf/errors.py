@@ -16,6 +16,9 @@ class TrainingError(RuntimeError):
 
 
 def excerpt(value: Any, limit: int = 60) -> str:
-    """`repr(value)` shortened in the middle."""
-    text = repr(value)
+    """`repr(value)` shortened in the middle. Of any value: a user's repr may raise, and that of deep nesting does."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<{type(error).__name__} in its repr>"
     return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-(limit // 2) :]}"

@@ -40,10 +40,10 @@ def guard() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(2)
     except TrainingError as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print("\n".join([f"stopped: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(1)
     except Interrupted as interruption:
         sys.exit(128 + interruption.number)  # as shells do; the run has printed what is saved

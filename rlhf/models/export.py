@@ -16,7 +16,7 @@ from transformers.utils import logging
 from rlhf.errors import TrainingError
 from rlhf.models.adapters import adapter_of
 from rlhf.models.policy import Policy
-from rlhf.runs.files import written_beside
+from rlhf.runs.files import disk_errors, written_beside
 
 Whole = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Gathers complete tensors on the process that writes, see `Layout.whole`."""
@@ -26,7 +26,8 @@ def save_policy(policy: Policy, tokenizer: Any, final: Path, *, whole: Whole = d
     """Write the model (or its adapter, as peft does), tokenizer and critic to the folder `final`, completely or not at
     all. All processes call it; the one with `writes` writes.
 
-    The folder is read again and compared with the policy, number by number; raises TrainingError if they differ.
+    The folder is read again and compared with the policy, number by number; raises TrainingError if they differ, or if
+    it cannot be written.
     """
     state = policy.lm.state_dict()
     if policy.adapters is not None:  # the base stays where it is
@@ -35,7 +36,7 @@ def save_policy(policy: Policy, tokenizer: Any, final: Path, *, whole: Whole = d
     critic = whole({} if policy.critic is None else policy.critic.state_dict())
     if not writes:
         return
-    with written_beside(final) as temporary, _no_bars():
+    with _writing(final) as temporary:
         if policy.adapters is None:
             write_model(policy.lm, state, temporary)
         else:
@@ -55,7 +56,7 @@ def save_merged(policy: Policy, tokenizer: Any, final: Path, *, whole: Whole = d
     state = whole(policy.lm.state_dict())
     if not writes:
         return
-    with written_beside(final) as temporary, _no_bars():
+    with _writing(final) as temporary:
         write_model(policy.lm, policy.adapters.merged(state), temporary)
         tokenizer.save_pretrained(temporary)
 
@@ -138,6 +139,14 @@ def _equal(tensor: Tensor, other: Tensor | None) -> bool:
     return other.dtype == torch.promote_types(other.dtype, tensor.dtype) and torch.equal(
         tensor.cpu().to(other.dtype), other
     )
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[Path]:
+    remedy = "The run's last checkpoint holds the trained policy: free disk space or fix the path, then resume."
+    failed = disk_errors(f"{final} was not written", remedy, also=Exception)  # tokenizers raise nothing more exact
+    with failed, written_beside(final) as temporary, _no_bars():
+        yield temporary
 
 
 @contextmanager

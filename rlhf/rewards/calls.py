@@ -12,6 +12,7 @@ import contextlib
 import copy
 import faulthandler
 import inspect
+import json
 import os
 import signal
 import sys
@@ -19,12 +20,14 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from rlhf.errors import InputError, excerpt
-from rlhf.isolation.worker_process import message_of, place, plain
+from rlhf.isolation.worker_process import message_of, place
 from rlhf.isolation.workers import Worker, WorkerDied, WorkerError, WorkerTimeout
 from rlhf.rewards.functions import Signature, name_of, signature_of
+from rlhf.rewards.logged import checked_column, checked_metric
 from rlhf.rewards.model import RewardModel
 
 SEARCH_S = 5.0
@@ -64,7 +67,7 @@ class Isolated:
         tools = {name: keywords[name] for name in ("log_extra", "log_metric") if name in keywords}
         answer, logged = self.worker.call(keywords | dict.fromkeys(tools), timeout_s)
         for tool, name, value in logged:
-            tools[tool](name, value)
+            tools[tool](name, json.loads(value))
         return answer
 
 
@@ -88,13 +91,18 @@ class _Recorded:
 
     def __call__(self, **keywords: Any) -> Any:
         logged: list[Any] = []
-        for tool in {"log_extra", "log_metric"} & keywords.keys():
-            keywords[tool] = lambda name, value, tool=tool: logged.append([tool, str(name), plain(value)])
+        for tool, checked in (("log_extra", checked_column), ("log_metric", checked_metric)):
+            if tool in keywords:
+                keywords[tool] = partial(self._record, logged, tool, checked)
         answer = self.function(**keywords)
         if inspect.isawaitable(answer):
             self._loop = self._loop or asyncio.new_event_loop()
             answer = self._loop.run_until_complete(_waited(answer))
         return [answer, logged]
+
+    def _record(self, logged: list[Any], tool: str, checked: Callable[..., Any], name: Any, value: Any) -> None:
+        """Refuses what cannot be written where it is said: only text goes to the trainer."""
+        logged.append([tool, name, json.dumps(checked(self.__name__, name, value))])
 
 
 # --- in this process ---

@@ -6,8 +6,9 @@ A reward function is called with keywords and returns one number, or None for "n
         return [-len(text) / 100 for text in completions]
 
 Keywords: `prompts`, `completions`, `completion_ids`, every other column of the data set (one value per completion),
-`trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`. A function without `**kwargs` gets only
-those it names. `completions` are strings, or `[{"role": "assistant", "content": text}]` if prompts are conversations.
+`trainer_state`, `log_extra(column, values)` and `log_metric(name, value)` (see logged.py). A function without
+`**kwargs` gets only those it names. `completions` are strings, or `[{"role": "assistant", "content": text}]` if prompts
+are conversations.
 
 A function passed in Python runs in this process; one named on a command line, or wrapped by `isolated`, runs in a
 worker process of its own.
@@ -23,7 +24,8 @@ from typing import Any
 from rlhf.data.tokenization import Text
 from rlhf.errors import InputError, excerpt
 from rlhf.rewards.calls import EventLoop, Failure, RewardCall
-from rlhf.rewards.functions import SCORE_LIMIT, as_float, check_scores, name_of
+from rlhf.rewards.functions import SCORE_LIMIT, check_scores, name_of
+from rlhf.rewards.logged import Log
 
 _STD = re.compile("rewards/[^/]+/std")
 STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -75,8 +77,10 @@ class Rewards:
             raise InputError(
                 f"reward_weights={self.weights}: give one finite number for each of {len(self.names)} rewards."
             )
-        if len(set(self.names)) != len(self.functions):
-            raise InputError(f"reward names={self.names}: give {len(self.functions)} different names.")
+        if len(set(self.names)) != len(self.functions) or not all(name and "/" not in name for name in self.names):
+            raise InputError(
+                f"reward names={self.names}: give {len(self.functions)} different names, not empty and without a slash."
+            )
         if timeout_s is not None and not 0 < timeout_s < math.inf:
             raise InputError(f"reward_timeout_s={timeout_s}: give a number of seconds above 0, or null for no limit.")
         self.timeout_s = timeout_s
@@ -128,16 +132,15 @@ class Rewards:
         Raises:
             InputError: a function fails or returns a bad answer; names function, row (of this batch, from 0) and value.
         """
-        log = _Log(len(completions))
+        log = Log(len(completions))
         if isinstance(trainer_state, Mapping):
             trainer_state = TrainerState(trainer_state)
         self.check_columns(columns or {})
         inputs = {name: list(values) for name, values in (columns or {}).items()}
         inputs |= {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
-        tools = {"trainer_state": trainer_state, "log_extra": log.extra, "log_metric": log.metric}
         if prompt_ids is not None:
             inputs["prompt_ids"] = list(prompt_ids)
-        answers = self._call_all(inputs, tools)
+        answers = self._call_all(inputs, {"trainer_state": trainer_state}, log)
         per_function = {
             name: check_scores(answer, len(completions), name, prompts)
             for name, answer in zip(self.names, answers, strict=True)
@@ -152,7 +155,7 @@ class Rewards:
         return RewardResult(
             scores=scores,
             per_function=per_function,
-            totals=_totals(per_function) | _custom(log.metrics) | {"rewards/unscored": (len(unscored), len(scores))},
+            totals=_totals(per_function) | log.metrics | {"rewards/unscored": (len(unscored), len(scores))},
             extra=log.columns,
         )
 
@@ -166,14 +169,15 @@ class Rewards:
             )
         return total if said else None
 
-    def _call_all(self, inputs: Mapping[str, Sequence[Any]], tools: dict[str, Any]) -> list[Any]:
+    def _call_all(self, inputs: Mapping[str, Sequence[Any]], tools: dict[str, Any], log: Log) -> list[Any]:
         """Each function's raw answer, in order. Isolated and async ones start first: they run while others compute."""
         waiting: list[tuple[int, Callable[[], Any], Callable[[], Any]]] = []
         answers: list[Any] = [None] * len(self._calls)
         at = 0
         try:
             for at in sorted(range(len(self._calls)), key=lambda i: self._calls[i].order):
-                waiting.append((at, *self._calls[at].start({**inputs, **tools}, self.timeout_s)))
+                call = self._calls[at]
+                waiting.append((at, *call.start({**inputs, **tools, **log.tools(call.name)}, self.timeout_s)))
             for at, wait, _ in waiting:
                 answers[at] = wait()
         except Failure as error:
@@ -202,11 +206,6 @@ def completion_texts(prompts: Sequence[Text], completion_ids: Sequence[Sequence[
     ]
 
 
-def _custom(logged: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Renames the metric "accuracy" of a function to "custom/accuracy", with _ for each slash in its own name."""
-    return {f"custom/{name.removeprefix('custom/').replace('/', '_')}": pair for name, pair in logged.items()}
-
-
 def _totals(per_function: Mapping[str, Sequence[float | None]]) -> dict[str, tuple[float, float]]:
     totals = {}
     for name, scores in per_function.items():
@@ -227,29 +226,6 @@ def deviation(mean_square: float, mean: float) -> float:
     """Standard deviation; 0 if the variance is only rounding error, so that equal scores give 0."""
     variance = mean_square - mean * mean
     return variance**0.5 if variance > 1e-14 * mean_square else 0.0
-
-
-class _Log:
-    """Collects what functions report through `log_extra` and `log_metric` during one batch."""
-
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
-        self.columns: dict[str, list[Any]] = {}
-        self.metrics: dict[str, tuple[float, float]] = {}
-
-    def extra(self, column: str, values: Sequence[Any]) -> None:
-        if len(values) != self.num_rows:
-            raise InputError(
-                f"log_extra({column!r}) got {len(values)} values. Give one for each of {self.num_rows} rows."
-            )
-        self.columns[column] = list(values)
-
-    def metric(self, name: str, value: float) -> None:
-        number = as_float(value)
-        if number is None or not math.isfinite(number):
-            raise InputError(f"log_metric({name!r}) got {excerpt(value)}. Give a finite number.")
-        total, count = self.metrics.get(name, (0.0, 0.0))
-        self.metrics[name] = (total + number, count + 1)
 
 
 def _unique(names: Iterable[str]) -> list[str]:

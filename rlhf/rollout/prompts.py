@@ -206,7 +206,7 @@ class PromptSource:
         return Saved({"prompts_seen": before if began == step else self.cursor})
 
     def load(self, saved: Saved) -> None:
-        self.cursor = saved.values["prompts_seen"]
+        self.cursor = saved.count("prompts_seen")
 
 
 def evaluate(

@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf.errors import InputError, TrainingError
-from rlhf.runs.files import beside, flush_directory, fsync
+from rlhf.errors import InputError, TrainingError, excerpt
+from rlhf.runs.files import beside, disk_errors, flush_directory, fsync
 
 MANIFEST, STATE_FILE = "MANIFEST.json", "state.json"
 FORMAT = {"format": "rlhf-toolkit checkpoint", "version": 2}
+ANOTHER = "Resume from another checkpoint."
 STEP_NAME = re.compile(r"step-(\d{6,})")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -39,6 +40,19 @@ class Saved:
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Group -> name -> tensor. Each group is a file of the checkpoint, so parts of a run must not share group names."""
 
+    def value(self, name: str, kind: type) -> Any:
+        """`values[name]`. Raises InputError unless it is of that type: someone may have edited the checkpoint."""
+        found = self.values.get(name)
+        if type(found) is not kind:
+            raise InputError(f"{STATE_FILE}: {name} is {excerpt(found)}, not of type {kind.__name__}. {ANOTHER}")
+        return found
+
+    def count(self, name: str) -> int:
+        """`values[name]`, a whole number from 0 on; InputError if it is anything else."""
+        if (found := self.value(name, int)) < 0:
+            raise InputError(f"{STATE_FILE}: {name} is {found}, below 0. {ANOTHER}")
+        return found
+
 
 class Part(Protocol):
     """A part of a run whose state is saved in checkpoints: the learner, the source."""
@@ -49,7 +63,8 @@ class Part(Protocol):
         ...
 
     def load(self, saved: Saved) -> None:
-        """Restore the state."""
+        """Restore the state. A part may also have `check(saved, step)`, which raises InputError if it is not the state
+        after `step` steps; it is called before any part is loaded."""
         ...
 
 
@@ -74,11 +89,12 @@ class Checkpoint:
             raise InputError(
                 f"{self.path} has no {name}: it belongs to another kind of run. Resume from one of this kind."
             )
-        return load_file(self.path / name, device=str(device))
+        with disk_errors(f"{self.path / name} cannot be read", ANOTHER, kind=InputError):
+            return load_file(self.path / name, device=str(device))
 
     def part(self, name: str) -> Saved:
         """The saved state of the part `name`; its tensors are read on demand."""
-        if name not in self.state:
+        if not isinstance(self.state.get(name), dict):
             raise InputError(
                 f"{self.path} has no {name!r}: it belongs to another kind of run. Resume from one of this kind."
             )
@@ -111,23 +127,37 @@ def read_checkpoint(path: Path) -> Checkpoint:
         body = {key: value for key, value in json.loads(raw).items() if key != "sha256"}
         if raw != _manifest_bytes(body):
             raise ValueError("its own checksum does not match")
-        step, files, config = body["step"], body["files"], body["config"]
-        if STATE_FILE not in files:
-            raise ValueError(f"it does not list {STATE_FILE}")
+        found = {key: body.get(key) for key in FORMAT}
+        if found != FORMAT:
+            raise InputError(f"{path} has {found}, this version reads {FORMAT}. Use the version that wrote it.")
+        step, config = body["step"], body["config"]
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in body["files"].items()}
+        if type(step) is not int or not isinstance(config, dict) or STATE_FILE not in files:
+            raise ValueError(f"it does not list {STATE_FILE}, a step and a config")
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path / MANIFEST} is missing or damaged ({error})") from error
-    found = {key: body.get(key) for key in FORMAT}
-    if found != FORMAT:
-        raise InputError(f"{path} has {found}, this version reads {FORMAT}. Use the version that wrote it.")
     if STEP_NAME.fullmatch(path.name) and path.name != step_name(step):
         raise DamagedCheckpoint(f"{path / MANIFEST} belongs to step {step}: its directory was renamed")
     for name, expected in files.items():
         file = path / name
         if not _PLAIN_NAME.fullmatch(name) or file.is_symlink() or not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing or not a plain file")
-        if file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
-            raise DamagedCheckpoint(f"{file} differs from the file that was written (in size or sha256)")
-    return Checkpoint(path, step, json.loads((path / STATE_FILE).read_bytes()), config, frozenset(files))
+        with disk_errors(f"{file} cannot be read", ANOTHER, kind=DamagedCheckpoint):
+            if (file.stat().st_size, _sha256(file)) != expected:
+                raise DamagedCheckpoint(f"{file} differs from the file that was written (in size or sha256)")
+    return Checkpoint(path, step, _state(path / STATE_FILE), config, frozenset(files))
+
+
+def _state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_bytes())
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{file} is no JSON of named parts ({error})") from error
 
 
 def step_name(step: int) -> str:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf.errors import InputError, TrainingError
@@ -33,15 +32,15 @@ from rlhf.runs.checkpoint import (
     seal,
     set_aside,
     step_name,
-    write_file,
     write_files,
 )
-from rlhf.runs.files import beside, fsync
+from rlhf.runs.files import beside, disk_errors, fsync, still_at, write_whole
 from rlhf.runs.jsonlines import COMPLETIONS_FILE, METRICS_FILE, TIMES_FILE
 
 RUN_FILE = "RUN.json"
 RUN_NAMES = ("checkpoints", METRICS_FILE, TIMES_FILE, COMPLETIONS_FILE)
 """Files and folders that a run writes in its directory. They must not exist before, unless a former run wrote them."""
+FILE_SUFFIXES = (".json", ".jsonl", ".safetensors")
 _RUN_MARK = b'{"format": "rlhf-toolkit run", "version": 1}\n'
 
 
@@ -76,7 +75,8 @@ class RunDirectory:
             is_main: whether this process writes.
             barrier: waits for all processes.
             keep: number of newest checkpoints to keep; None keeps all.
-            others: names of further files and folders that the run writes, treated like `RUN_NAMES`.
+            others: names of further files and folders that the run writes, treated like `RUN_NAMES`; files are those that
+                end like one of `FILE_SUFFIXES`.
         """
         self.names = (*RUN_NAMES, *others)
         if keep is not None and keep < 1:
@@ -120,25 +120,23 @@ class RunDirectory:
         if isinstance(resume, str) and Path(resume).resolve() == self.path.resolve():
             resume = True
         try:
-            checkpoint = self.load(resume) if isinstance(resume, str) else None
-            if checkpoint is not None:
-                accept(checkpoint)
-            if self.is_main:
-                self._claim(resume, overwrite)
-            self.barrier()
-            if resume is True and (checkpoint := self.latest()) is not None:
-                accept(checkpoint)
-            start = checkpoint.step if checkpoint else -1
-            later = [path for step, path in self._steps().items() if step > start]
+            with disk_errors(f"{self._where} cannot be used", "Fix it, or choose another one.", kind=InputError):
+                checkpoint = self.load(resume) if isinstance(resume, str) else None
+                if checkpoint is not None:
+                    accept(checkpoint)
+                if self.is_main:
+                    self._claim(resume, overwrite)
+                self.barrier()
+                if resume is True and (checkpoint := self.latest()) is not None:
+                    accept(checkpoint)
+                start = checkpoint.step if checkpoint else -1
+                later = [path for step, path in self._steps().items() if step > start]
             if later and isinstance(resume, str) and not overwrite:
                 raise InputError(
                     f"resume={resume!r} would discard {[path.name for path in later]}. Resume from the newest, choose "
                     "another output_dir, or add overwrite."
                 )
             self.barrier()
-        except OSError as error:
-            self.close()
-            raise InputError(f"output_dir={str(self.path)!r} cannot be used: {error}. Choose another one.") from error
         except BaseException:
             self.close()
             raise
@@ -150,10 +148,11 @@ class RunDirectory:
         """Delete what the run that begins or goes on now replaces, as `claim` was told. All processes call it."""
         if self.is_main and self._lock is not None:
             try:
-                self._clear()
-            except OSError as error:
+                with disk_errors(f"{self._where} cannot be cleared", "Fix it, then start again.", kind=InputError):
+                    self._clear()
+            except BaseException:
                 self.close()
-                raise InputError(f"output_dir={str(self.path)!r} cannot be cleared: {error}. Mend it.") from error
+                raise
         self._starts_over = False
         self._discarded = []
         self._damaged = []
@@ -183,19 +182,29 @@ class RunDirectory:
             os.close(lock)
             self._lock = None
 
+    @property
+    def _where(self) -> str:
+        return f"output_dir={str(self.path)!r}"
+
     def _claim(self, resume: bool | str, overwrite: bool) -> None:
-        where = f"output_dir={str(self.path)!r}"
+        where = self._where
         if resume is True and overwrite:
             raise InputError("resume continues the run and overwrite deletes it: give only one of the two.")
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{where} is a file. Give a directory.")
         mark = self.path / RUN_FILE
         ours = mark.is_file() and mark.read_bytes() == _RUN_MARK
-        foreign = [name for name in self.names if os.path.lexists(self.path / name)]
+        foreign = [name for name in (RUN_FILE, *self.names) if os.path.lexists(self.path / name)]
         if foreign and not ours:
             raise InputError(f"{where} holds {foreign}, which no run of this toolkit wrote. Choose another output_dir.")
         if resume is True and not ours:
             raise InputError(f"{where} holds no run to resume. Check the path, or start without resume.")
+        for path in (self.path / name for name in self.names):
+            if os.path.lexists(path) and _kind(path) != _wanted(path):
+                raise InputError(
+                    f"{path} is a {_kind(path)}, where a run has a {_wanted(path)} of its own. Move it away, then start "
+                    "again."
+                )
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock(where)
         inside = isinstance(resume, str) and self.checkpoints.resolve() in Path(resume).resolve().parents
@@ -208,7 +217,7 @@ class RunDirectory:
             )
         self._starts_over = overwrite and not inside
         if not ours:
-            write_file(mark, _RUN_MARK)
+            write_whole(mark, _RUN_MARK)
         self.checkpoints.mkdir(exist_ok=True)
         fsync(self.path)
 
@@ -220,6 +229,28 @@ class RunDirectory:
         except BlockingIOError as error:
             raise InputError(f"{where} is in use by another process. Stop it, or choose another output_dir.") from error
         _OPEN.add(self)
+
+    def _come_back(self) -> None:
+        """Make the directory again if it was removed during the run, for what is trained. Raises TrainingError if another
+        one lies in its place, which may be another run's."""
+        assert self._lock is not None, "open the run directory first"
+        lock = self.path / ".lock"
+        if not still_at(self._lock, lock):
+            if os.path.lexists(lock):
+                raise TrainingError(
+                    f"{self.path} is no longer the directory of this run: it was replaced during the run, and nothing is "
+                    "written into the new one. Put the run's own directory back, then resume."
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock(self._where)
+            write_whole(self.path / RUN_FILE, _RUN_MARK)
+        if not self.checkpoints.is_dir():
+            if os.path.lexists(self.checkpoints):
+                raise TrainingError(
+                    f"{self.checkpoints} is a {_kind(self.checkpoints)} now. Move it away, then resume."
+                )
+            warnings.warn(f"{self.checkpoints} was removed during the run, and is made again", stacklevel=4)
+            self.checkpoints.mkdir()
 
     def _steps(self) -> dict[int, Path]:
         """Step -> checkpoint directory, oldest first. Ignores other names (`best`, `step-11.tmp`) and links."""
@@ -281,23 +312,22 @@ class RunDirectory:
         if json.loads(text) != state:
             raise TrainingError(f"The state of step {step} does not survive a round trip through JSON: {text[:200]}")
         try:
-            if self.is_main:
-                assert self._lock is not None, "open the run directory first"
-                if final.exists():
-                    raise FileExistsError("a checkpoint of this step already exists")
-                write_files(beside(final), step, tensors, text)
-                seal(temporary, step, config or {})
-            self.barrier()
-            if self.is_main:
-                os.rename(temporary, final)
-                fsync(self.checkpoints)
-        except (OSError, SafetensorError) as error:
+            remedy = "Earlier ones are whole: free disk space or fix the path, then resume."
+            with disk_errors(f"The checkpoint {final} was not written", remedy):
+                if self.is_main:
+                    self._come_back()
+                    if final.exists():
+                        raise FileExistsError("a checkpoint of this step already exists")
+                    write_files(beside(final), step, tensors, text)
+                    seal(temporary, step, config or {})
+                self.barrier()
+                if self.is_main:
+                    os.rename(temporary, final)
+                    fsync(self.checkpoints)
+        except TrainingError:
             if self.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)  # free space on a full disk
-            raise TrainingError(
-                f"The checkpoint {final} was not written: {error}. Earlier ones are whole: free disk space or fix the "
-                "path, then resume."
-            ) from error
+            raise
         if self.is_main:
             self._prune()
         self.barrier()
@@ -310,3 +340,13 @@ class RunDirectory:
                 discard(path)
             except OSError as error:
                 warnings.warn(f"The old checkpoint {path} was not deleted: {error}", stacklevel=3)
+
+
+def _wanted(path: Path) -> str:
+    """What a run writes at this path of its directory."""
+    return "file" if path.suffix in FILE_SUFFIXES else "folder"
+
+
+def _kind(path: Path) -> str:
+    """What lies at the path."""
+    return "link" if path.is_symlink() else "folder" if path.is_dir() else "file"

@@ -1,13 +1,16 @@
 """The JSON Lines files of a run: metrics.jsonl, times.jsonl and completions.jsonl."""
 
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import InputError, TrainingError
+from rlhf.errors import InputError
+from rlhf.runs.files import disk_errors, still_at
 
 METRICS_FILE, TIMES_FILE, COMPLETIONS_FILE = "metrics.jsonl", "times.jsonl", "completions.jsonl"
 
@@ -17,22 +20,26 @@ class JsonLines:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")  # noqa: SIM115
+        with self._errors("opened"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab")  # noqa: SIM115
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Append one line, with sorted keys and full precision, and hand it to the operating system (no fsync)."""
-        try:
-            self._file.write(
-                json.dumps({**record, "step": step}, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n"
-            )
+        """Append one line, with sorted keys and full precision, and hand it to the operating system (no fsync).
+
+        Raises TrainingError if the disk refuses it, or the file is no longer at its path.
+        """
+        line = encoded(step, record)
+        with self._errors(f"written at step {step}"):
+            self._file.write(line)
             self._file.flush()
-        except OSError as error:
-            raise TrainingError(f"{self.path} cannot be written at step {step}: {error}") from error
+            self._check_place()
 
     def sync(self) -> None:
-        """Flush to disk. Call it before the checkpoint of the step is written."""
-        os.fsync(self._file.fileno())
+        """Flush to disk. Call it before the checkpoint of the step is written. Raises TrainingError like `write`."""
+        with self._errors("flushed to disk"):
+            self._check_place()
+            os.fsync(self._file.fileno())
 
     def truncate_to(self, step: int) -> None:
         """Delete every line later than `step` (-1: all lines); a resumed run writes them again, byte for byte.
@@ -40,11 +47,25 @@ class JsonLines:
         An incomplete last line (killed while writing) is deleted too. Raises InputError, without changing the file, if
         a line that must stay cannot be read.
         """
-        self._file.truncate(_end_of_step(self.path, step))
+        with self._errors("cut to the steps that are saved"):
+            self._file.truncate(_end_of_step(self.path, step))
         self.sync()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # it can only repeat a write that has failed, and was reported
+            self._file.close()
+
+    def _check_place(self) -> None:
+        if not still_at(self._file.fileno(), self.path):
+            raise FileNotFoundError(errno.ENOENT, "it was removed or replaced during the run", str(self.path))
+
+    def _errors(self, done: str) -> AbstractContextManager[None]:
+        return disk_errors(f"{self.path} cannot be {done}")
+
+
+def encoded(step: int, record: Mapping[str, Any]) -> bytes:
+    """`record` and its step as a line. What JSON lacks is written as text: the prompts of a data set may hold it."""
+    return json.dumps({**record, "step": step}, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n"
 
 
 class MetricsWriter:
@@ -56,9 +77,9 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float] | None = None) -> None:
         """Write one line to each file. NaN and infinity become null, since JSON has neither."""
-        self._metrics.write(step, {name: _number(value) for name, value in metrics.items()})
+        self._metrics.write(step, {name: number(value) for name, value in metrics.items()})
         if times is not None:
-            self._times.write(step, {name: _number(value) for name, value in times.items()})
+            self._times.write(step, {name: number(value) for name, value in times.items()})
 
     def sync(self) -> None:
         self._metrics.sync()
@@ -67,7 +88,8 @@ class MetricsWriter:
     def truncate_to(self, step: int) -> None:
         """See JsonLines. Neither file is changed if one of them cannot be cut."""
         for file in (self._metrics, self._times):
-            _end_of_step(file.path, step)
+            with disk_errors(f"{file.path} cannot be read"):
+                _end_of_step(file.path, step)
         self._metrics.truncate_to(step)
         self._times.truncate_to(step)
 
@@ -76,9 +98,12 @@ class MetricsWriter:
         self._times.close()
 
 
-def _number(value: float) -> float | int | None:
+def number(value: float) -> float | int | None:
+    """A metric as JSON holds it; NaN and infinity become null."""
     if isinstance(value, int):
         return value
+    if isinstance(value, str | bytes):
+        raise TypeError("it is text")  # which float() would read
     value = float(value)  # also numpy scalars and 0-d tensors
     return value if math.isfinite(value) else None
 

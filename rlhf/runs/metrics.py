@@ -5,10 +5,11 @@ OUTPUT_DIR/metrics.jsonl    one JSON object per line, sorted keys, no times: two
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, excerpt
+from rlhf.runs.jsonlines import encoded, number
 
 
 class Metric(NamedTuple):
@@ -116,13 +117,22 @@ TABLE = {name: Metric(*row) for name, row in _ROWS.items()}
 _PATTERNS = [re.compile(re.sub("<[a-z]+>", "[^/]+", name)) for name in TABLE]
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raise InputError if a source of trajectories reports metrics that `TABLE` does not define."""
-    if unknown := unknown_names(names):
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Raise InputError if a source of trajectories reports metrics that `TABLE` does not define, or that are no numbers."""
+    unknown = [name for name in metrics if not isinstance(name, str) or unknown_names([name])]
+    if unknown:
         raise InputError(
-            f"source: its metrics {', '.join(unknown)} are not in the table of metrics. Name metrics of your own "
+            f"source: its metrics {', '.join(map(str, unknown))} are not in the table of metrics. Name metrics of your own "
             "custom/NAME. Nothing was trained in this step."
         )
+    for name, value in metrics.items():
+        try:
+            encoded(0, {name: number(value)})
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise InputError(
+                f"source: its metric {excerpt(name)} is {excerpt(value)}, which cannot be written ({error}). Give a "
+                "number. Nothing was trained in this step."
+            ) from error
 
 
 def unknown_names(names: Iterable[str]) -> list[str]:

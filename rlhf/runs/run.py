@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError
+from rlhf.errors import InputError, TrainingError
 from rlhf.runs.callbacks import Callback
-from rlhf.runs.checkpoint import Checkpoint, Part, Saved
+from rlhf.runs.checkpoint import ANOTHER, Checkpoint, Part, Saved
 from rlhf.runs.directory import RunDirectory
+from rlhf.runs.files import disk_errors
 from rlhf.runs.jsonlines import COMPLETIONS_FILE, JsonLines, MetricsWriter
 from rlhf.runs.metrics import unknown_names
 from rlhf.runs.reporting import Display, say
@@ -119,15 +120,16 @@ class Run:
         """Register the parts that `save` saves, by name, load them from the checkpoint that `open` found, if any, and then
         delete what the run replaces.
 
-        Raises InputError, and unlocks the directory, if the checkpoint does not fit the parts, or a part cannot be saved.
+        Raises InputError, and unlocks the directory, if the checkpoint does not fit the parts, or a part cannot be saved;
+        the first part, the learner, is then as before.
         """
         checkpoint, self._checkpoint = self._checkpoint, None
         self._parts = parts
         try:
             for name, part in parts.items():
                 _check_part(name, part)
-                if checkpoint is not None:
-                    part.load(checkpoint.part(name))
+            if checkpoint is not None:
+                _load(checkpoint, parts)
             if self.directory is not None:
                 self.directory.clear()
         except BaseException:
@@ -149,7 +151,8 @@ class Run:
             try:
                 self._rescue()
             except Exception as failure:
-                error.add_note(f"rlhf: the completed steps could not be saved: {failure}")
+                again = str(failure) == str(error)  # it was saving that failed
+                error.add_note(f"rlhf: the completed steps could not be saved{'' if again else f': {failure}'}")
             raise
         finally:
             self._close_logs()
@@ -174,7 +177,8 @@ class Run:
                 self._samples.write(self.step, sample)  # type: ignore[union-attr]
         self._display.show(metrics, seconds)
         at, tracked = self._display.tracked(self.step, metrics, seconds)
-        self.distributed.track(tracked, at)
+        with disk_errors(f"The tracker cannot be written at step {self.step}"):
+            self.distributed.track(tracked, at)
         self.step += 1
 
     def notify(self, hook: str, *arguments: Any) -> None:
@@ -184,6 +188,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the completed steps, unless there is one. All processes call it, between two steps."""
+        self._sync_logs()
         saved = self._save(self.step)
         assert saved, "save() may only be called between two steps"
 
@@ -195,8 +200,6 @@ class Run:
         parts = {name: state for name, state in states.items() if state is not None}
         if len(parts) < len(states):
             return False
-        for file in self._files():
-            file.sync()
         tensors = [group for saved in parts.values() for group in saved.tensors.items()]
         assert len(dict(tensors)) == len(tensors), "two parts save tensors under the same name"
         values = {name: saved.values for name, saved in parts.items()}
@@ -243,6 +246,10 @@ class Run:
         if self.distributed.world_size > 1 or self.directory is None:
             return
         before = self.saved_step
+        try:
+            self._sync_logs()
+        except TrainingError as failure:  # no reason to lose the weights too
+            self.say(str(failure))
         if self._save(self.step + 1):  # the error came between learning and logging
             self.step += 1
         elif not self._save(self.step):
@@ -252,7 +259,8 @@ class Run:
 
     def _open_logs(self) -> None:
         """Open the logs, and delete lines of steps that this run will repeat (left by an interrupted run)."""
-        self.distributed.start_tracking(self._tracker, self.description)
+        with disk_errors("The tracker cannot be started"):
+            self.distributed.start_tracking(self._tracker, self.description)
         if self.directory is not None and self.distributed.is_main:
             self._metrics = MetricsWriter(self.directory.path)
             self._metrics.truncate_to(self.step - 1)
@@ -265,6 +273,11 @@ class Run:
             self._samples = JsonLines(self.directory.path / COMPLETIONS_FILE)
             self._samples.truncate_to(self.step - 1)
 
+    def _sync_logs(self) -> None:
+        """Flush the logs to disk: a run goes on from a checkpoint only with the lines of the steps before it."""
+        for file in self._files():
+            file.sync()
+
     def _files(self) -> list[MetricsWriter | JsonLines]:
         return [file for file in (self._metrics, self._samples) if file is not None]
 
@@ -274,6 +287,26 @@ class Run:
             file.close()
         self._metrics = self._samples = None
         self.distributed.close()
+
+
+def _load(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
+    """Load all parts, the first one last. All that the parts can check is checked before anything is changed."""
+    for method in ("check", "load"):
+        for name, part in reversed(list(parts.items())):
+            try:
+                if method == "load":
+                    part.load(checkpoint.part(name))
+                elif hasattr(part, "check"):
+                    part.check(checkpoint.part(name), checkpoint.step)
+            except InputError as error:
+                text = str(error)
+                raise InputError(text if str(checkpoint.path) in text else f"{checkpoint.path}: {text}") from error
+            except TrainingError:
+                raise
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+                raise InputError(
+                    f"{checkpoint.path}: the state of {name!r} cannot be read ({type(error).__name__}: {error}). {ANOTHER}"
+                ) from error
 
 
 def _check_part(name: str, part: Any) -> None:

@@ -24,7 +24,7 @@ from rlhf.rollout.prompts import PromptSource, Sampler, evaluate
 from rlhf.rollout.sampled import with_advantages
 from rlhf.rollout.scoring import Scorer
 from rlhf.runs.callbacks import Callback
-from rlhf.runs.metrics import check_names
+from rlhf.runs.metrics import check_metrics
 from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
 from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards, engine_note
@@ -44,7 +44,7 @@ from rlhf.trainers.inputs import (
 from rlhf.trainers.placing import gathered, place
 from rlhf.trainers.report import MUST_MATCH, POLICY_FOLDERS, description, first_check, identity
 from rlhf.training.learner import Learner
-from rlhf.training.source import Source
+from rlhf.training.source import Source, check_samples
 
 
 class Trainer:
@@ -230,7 +230,8 @@ class Trainer:
         config = self.config
         step = self.step
         collected = self.source.collect(step)
-        check_names(self._named(collected.metrics))
+        check_metrics(self._named(collected.metrics))
+        check_samples(collected)
         learnt = self.learner.learn(
             collected.trajectories,
             step=step,

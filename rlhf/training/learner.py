@@ -1,5 +1,6 @@
 """The learner, which turns trajectories into new weights, for language models and control tasks alike."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,13 +9,13 @@ from torch.optim import Optimizer
 
 from rlhf.algorithms.base import Algorithm
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError
-from rlhf.runs.checkpoint import Saved
-from rlhf.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from rlhf.errors import InputError, excerpt
+from rlhf.runs.checkpoint import ANOTHER, Saved
+from rlhf.training.optimizer_state import check_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
 from rlhf.training.sampler import Agreement, check_sampler
 from rlhf.training.steppers import EagerStepper, Stepper, values_only
 from rlhf.training.update import UpdateConfig, make_stepper, update
-from rlhf.training.weights import fingerprint, load_named_tensors, trained_tensors
+from rlhf.training.weights import check_named_tensors, fingerprint, load_named_tensors, trained_tensors
 from rlhf.types import TrainingBatch, Trajectories
 
 Arrange = Callable[[TrainingBatch], TrainingBatch]
@@ -155,13 +156,30 @@ class Learner:
         whole = self.distributed.layout.whole
         return Saved(values, {"policy": whole(trained_tensors(self.policy)), "optimizer": whole(tensors)})
 
-    def load(self, saved: Saved) -> None:
-        """Restores a `state`, to continue exactly from there. InputError if it is of another model or optimizer."""
-        if saved.values["base"] != self.base:
+    def check(self, saved: Saved, step: int | None = None) -> None:
+        """Raises InputError unless `saved` is a `state` of this model and optimizer, after `step` steps if given.
+
+        At most one group of tensors is in memory.
+        """
+        updates = saved.count("updates")
+        if step not in (None, updates):
+            raise InputError(f"state.json: updates is {updates}, but the checkpoint is of step {step}. {ANOTHER}")
+        for name, value in saved.value("algorithm", dict).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"state.json: {name} is {excerpt(value)}, not a finite number. {ANOTHER}")
+        if saved.values.get("base") != self.base:
             raise InputError(
                 "The checkpoint holds only the weights that are trained, and was made on other frozen weights than the "
                 "policy has now. Resume with the base model that the run was started with."
             )
+        optimizer = saved.value("optimizer", dict)
+        check_named_tensors(self.policy, saved.tensors["policy"])
+        named = self.policy.named_parameters()
+        check_optimizer_tensors(self.own_optimizer, named, saved.tensors["optimizer"], optimizer)
+
+    def load(self, saved: Saved) -> None:
+        """Restores a `state`, to continue exactly from there. InputError, before anything changes, if it does not fit."""
+        self.check(saved)
         like = self.distributed.layout.like
         load_named_tensors(self.policy, saved.tensors["policy"], like)
         load_optimizer_tensors(

@@ -27,22 +27,34 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
+def kind(tensor: Tensor | None) -> str:
+    """Type and shape as text, such as "float32 (2, 3)"."""
+    return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def check_named_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError unless a checkpoint's tensors have the names, shapes and types of the module's."""
+    own = trained_tensors(module)
+    different = [n for n in sorted(own.keys() | tensors.keys()) if kind(own.get(n)) != kind(tensors.get(n))]
+    if different:
+        first = different[0]
+        raise InputError(
+            f"The checkpoint is of another model: {', '.join(different[:3])} differ(s) ({first} is "
+            f"{kind(tensors.get(first))} in policy.safetensors, {kind(own.get(first))} in the policy). "
+            "Resume with the policy that the run was started with, or start a new run in another output_dir."
+        )
+
+
 def load_named_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], like: Callable[[Tensor, Tensor], Tensor] = lambda whole, _: whole
 ) -> None:
-    """Copies a checkpoint's tensors into what is trained of the module. Raises InputError if names or shapes differ.
+    """Copies a checkpoint's tensors into the module. Raises InputError, and changes nothing, if they do not fit it.
 
     like: like(whole, own) spreads a complete tensor over the processes as its own one is.
     """
-    own = trained_tensors(module)
-    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
-        different = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
-        raise InputError(
-            f"The checkpoint is of another model: {', '.join(different[:3])} differ(s). "
-            "Resume with the policy that the run was started with, or start a new run in another output_dir."
-        )
+    check_named_tensors(module, tensors)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in trained_tensors(module).items():
             tensor.copy_(like(tensors[name], tensor))
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf.data.prompts import Prompt
-from rlhf.rewards.combine import RewardResult
 from rlhf.models.policy import Policy
 from rlhf.models.reference import FrozenReference
+from rlhf.rewards.combine import RewardResult
 from rlhf.rollout.engine import Completion, Span
 from rlhf.rollout.episode import Episode, single_turn
 from rlhf.rollout.sampled import Sampled

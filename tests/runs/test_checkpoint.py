@@ -125,6 +125,10 @@ def missing(data: bytes) -> None:
     return None
 
 
+def cut(position: float):
+    return lambda data: data[: int(position * len(data))]
+
+
 def bit_flip(position: float, bit: int):
     def flip(data: bytes) -> bytes:
         index = min(int(position * len(data)), len(data) - 1)
@@ -136,10 +140,10 @@ def bit_flip(position: float, bit: int):
 DAMAGE = {
     "missing": missing,
     "empty": lambda data: b"",
-    "first half": lambda data: data[: len(data) // 2],
+    **{f"cut at {at}": cut(at) for at in (0.1, 0.3, 0.5, 0.7, 0.9)},
     "last byte cut": lambda data: data[:-1],
     "longer": lambda data: data + b"\n",
-    **{f"bit {bit} at {position}": bit_flip(position, bit) for bit in (0, 6) for position in (0.0, 0.3, 0.6, 1.0)},
+    **{f"bit {bit} at {at}": bit_flip(at, bit) for at, bit in ((0.0, 0), (0.25, 6), (0.5, 3), (0.75, 7), (1.0, 0))},
 }
 FILES = ["policy.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
 

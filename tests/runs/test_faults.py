@@ -1,5 +1,6 @@
 """Checkpoints when the disk fails or the process is killed: the newest whole one stays good."""
 
+import errno
 import json
 import os
 import resource
@@ -140,40 +141,73 @@ def fault_points(writer, tmp_path) -> list[str]:
     return faults.calls
 
 
-def outcomes_of_faults(writer, tmp_path) -> dict[tuple[int, str, str], str]:
-    """Every disk call of a save x {fails before, torn, fails after} -> what a new process finds afterwards."""
-    results = {}
-    for at, name in enumerate(fault_points(writer, tmp_path)):
-        for when in ("before", "torn", "after"):
-            run = started(tmp_path / f"{at}-{when}")
-            with pytest.MonkeyPatch.context() as patch:
-                Faults(patch, at, when)
-                try:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # a failed clean-up only warns
-                        writer(run, 3)
-                except (TrainingError, Fault) as error:
-                    assert isinstance(error, Fault) or "step-000003" in str(error)
-            run.close()
-            results[at, name, when] = outcome(run.path)
-    return results
+WHEN = ("before", "torn", "after")
 
 
-def test_a_fault_at_any_disk_call_leaves_the_old_or_the_new_checkpoint_whole(tmp_path):
-    results = outcomes_of_faults(save, tmp_path)
-    touched = {name for _, name, _ in results}
-    assert touched == {"save_file", "write", "fsync", "chmod", "rename", "unlink", "rmdir", "mkdir"}
-    assert len(results) >= 60
-    assert set(results.values()) == {"old", "new"}, {k: v for k, v in results.items() if v not in ("old", "new")}
-    renamed = next(at for at, name, _ in results if name == "rename")
-    for (at, _, when), result in results.items():  # new exactly from the rename on
-        assert result == ("new" if (at, when != "before") > (renamed, False) else "old")
+def outcome_of_fault(writer, path: Path, at: int, when: str, code: str) -> tuple[str, Exception | None]:
+    """What a new process finds after a save whose disk call number `at` failed, and the error that the save raised."""
+    run = started(path)
+    raised = None
+    number = getattr(errno, code)
+    with pytest.MonkeyPatch.context() as patch:
+        Faults(patch, at, when, failing(Fault(number, os.strerror(number))))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a failed clean-up only warns
+                writer(run, 3)
+        except (TrainingError, Fault) as error:
+            raised = error
+    run.close()
+    return outcome(run.path), raised
+
+
+CALLS = [
+    *(
+        "mkdir",
+        "save_file",
+        "save_file",
+        "write",
+        "fsync",
+        "chmod",
+        "fsync",
+        "chmod",
+        "fsync",
+        "chmod",
+        "fsync",
+        "fsync",
+    ),
+    *("write", "fsync", "fsync", "rename", "fsync"),  # the manifest, and the checkpoint is in its place
+    *("rename", "unlink", "unlink", "unlink", "unlink", "rmdir"),  # the oldest one goes
+]
+"""Every call by which a save touches the disk."""
+RENAMED = CALLS.index("rename")
+
+
+def test_the_disk_calls_of_a_save_are_these(tmp_path):
+    assert fault_points(save, tmp_path) == CALLS
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EIO", "EACCES"])
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("at", range(len(CALLS)), ids=[f"{at}-{name}" for at, name in enumerate(CALLS)])
+def test_a_fault_at_any_disk_call_leaves_the_old_or_the_new_checkpoint_whole(tmp_path, at, when, code):
+    found, error = outcome_of_fault(save, tmp_path / "run", at, when, code)
+    assert found == ("new" if (at, when != "before") > (RENAMED, False) else "old")  # new exactly from the rename on
+    if at <= RENAMED + 1:
+        assert isinstance(error, TrainingError) and os.strerror(getattr(errno, code)) in str(error)
+        assert str(tmp_path / "run" / "checkpoints" / "step-000003") in str(error) and "resume" in str(error)
+    else:
+        assert error is None  # only the old one is not deleted
 
 
 @pytest.mark.parametrize("writer", [in_place_writer, early_pruner])
 def test_the_harness_catches_a_writer_that_is_not_safe(tmp_path, writer):
-    results = outcomes_of_faults(writer, tmp_path)
-    assert sum(result not in ("old", "new") for result in results.values()) >= 10
+    results = [
+        outcome_of_fault(writer, tmp_path / f"{at}-{when}", at, when, "ENOSPC")[0]
+        for at in range(len(fault_points(writer, tmp_path)))
+        for when in WHEN
+    ]
+    assert sum(result not in ("old", "new") for result in results) >= 10
 
 
 def test_files_are_flushed_before_the_manifest_and_the_manifest_before_the_rename(run, monkeypatch):
