@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from rlhf.errors import InputError, TrainingError
+from rlhf.types import Shard
 
 
 class Layout(Protocol):
@@ -51,6 +52,10 @@ class Layout(Protocol):
 
     def whole(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The complete tensors, on the main process; an empty mapping on others. All processes call it."""
+        ...
+
+    def stored(self, named: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What this process writes of the tensors into a checkpoint: tensors or `Shard`s. All processes call it."""
         ...
 
     def like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -102,6 +107,9 @@ class Replicated:
     def whole(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(named)
 
+    def stored(self, named: Mapping[str, Tensor]) -> dict[str, Any]:
+        return dict(named)
+
     def like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
         return tensor
 
@@ -115,6 +123,8 @@ class FullySharded:
 
     name = "FSDP2"
     in_step = True
+    whole_up_to = 2**32
+    """Bytes of a group of tensors up to which a checkpoint holds it in one file (4 GB)."""
 
     def __init__(self, accelerator: Any) -> None:
         """accelerator: an `accelerate.Accelerator`, for the device, the processes and the precision."""
@@ -129,6 +139,7 @@ class FullySharded:
         # It warns of in-place changes of outputs that are views; nothing here makes any.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self.is_main = accelerator.is_main_process
+        self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
         self.mesh = init_device_mesh(accelerator.device.type, (self.world_size,))
         self.exact = MixedPrecisionPolicy()
@@ -206,6 +217,22 @@ class FullySharded:
             if self.is_main:
                 result[name] = full.cpu()
         return result
+
+    def stored(self, named: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Small groups whole, gathered one tensor at a time; above `whole_up_to` bytes each process its own rows."""
+        if sum(tensor.numel() * tensor.element_size() for tensor in named.values()) <= self.whole_up_to:
+            return self.whole(named)
+        pieces = {name: self._rows(tensor) for name, tensor in named.items()}
+        return {name: piece for name, piece in pieces.items() if piece is not None}
+
+    def _rows(self, tensor: Tensor) -> Any:
+        """This process's rows of a tensor; a tensor that is not spread goes to the main process."""
+        from torch.distributed.tensor import DTensor
+
+        if not isinstance(tensor, DTensor):
+            return tensor if self.is_main else None
+        each = -(-tensor.shape[0] // self.world_size)  # as torch.chunk divides them
+        return Shard(tensor.to_local(), min(self.rank * each, tensor.shape[0]))
 
     def like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, distribute_tensor

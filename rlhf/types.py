@@ -176,6 +176,15 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The rows of a tensor that this process holds."""
+
+    rows: Tensor
+    first: int
+    """Index of the first of them in the whole tensor."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyOutputs:
     """Outputs of one forward of the policy on a batch, (rows, time) each; None where the algorithm asks for none."""

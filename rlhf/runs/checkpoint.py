@@ -1,6 +1,6 @@
 """One checkpoint on disk: its files, and the manifest with which they are verified.
 
-    step-000123/policy.safetensors, optimizer.safetensors, ...   one file per group of tensors
+    step-000123/policy.safetensors, optimizer.safetensors, ...   per group of tensors; shards.py
                /state.json                                       everything that is not a tensor
                /MANIFEST.json                                    written last: size and sha256 of every other file
 
@@ -16,14 +16,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.errors import InputError, TrainingError, excerpt
 from rlhf.runs.files import beside, disk_errors, flush_directory, fsync
+from rlhf.runs.shards import StoredTensors, groups_of, write_whole
 
 MANIFEST, STATE_FILE = "MANIFEST.json", "state.json"
 FORMAT = {"format": "rlhf-toolkit checkpoint", "version": 2}
@@ -37,8 +36,9 @@ class Saved:
     """The state of one part of a run: values that survive a round trip through JSON, and groups of named tensors."""
 
     values: Mapping[str, Any]
-    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Group -> name -> tensor. Each group is a file of the checkpoint, so parts of a run must not share group names."""
+    tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Group -> name -> tensor, or `Shard`, this process's rows of it; what is loaded is whole. Each group has files of its
+    own in the checkpoint, so parts of a run must not share group names."""
 
     def value(self, name: str, kind: type) -> Any:
         """`values[name]`. Raises InputError unless it is of that type: someone may have edited the checkpoint."""
@@ -82,15 +82,14 @@ class Checkpoint:
     config: dict[str, Any]
     files: frozenset[str]
 
-    def tensors(self, group: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    def tensors(self, group: str) -> Mapping[str, Tensor]:
         """The tensors saved under `group`, by name."""
-        name = f"{group}.safetensors"
-        if name not in self.files:  # a file that the manifest does not list was not verified
+        files = groups_of(sorted(self.files)).get(group)
+        if files is None:  # a file that the manifest does not list was not verified
             raise InputError(
-                f"{self.path} has no {name}: it belongs to another kind of run. Resume from one of this kind."
+                f"{self.path} has no {group}.safetensors: it belongs to another kind of run. Resume from one of this kind."
             )
-        with disk_errors(f"{self.path / name} cannot be read", ANOTHER, kind=InputError):
-            return load_file(self.path / name, device=str(device))
+        return StoredTensors([self.path / name for name in files], ANOTHER)
 
     def part(self, name: str) -> Saved:
         """The saved state of the part `name`; its tensors are read on demand."""
@@ -107,11 +106,11 @@ class _Groups(Mapping[str, Mapping[str, Tensor]]):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
-    def __getitem__(self, group: str) -> dict[str, Tensor]:
+    def __getitem__(self, group: str) -> Mapping[str, Tensor]:
         return self._checkpoint.tensors(group)
 
     def __iter__(self) -> Iterator[str]:
-        return (name.removesuffix(".safetensors") for name in self._checkpoint.files if name.endswith(".safetensors"))
+        return iter(groups_of(sorted(self._checkpoint.files)))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -172,14 +171,25 @@ def write_files(path: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor
         raise TrainingError(f"The checkpoint of step {step} cannot have files named {bad}.")
     path.mkdir()
     for group, named in tensors.items():
-        save_file(_own_storages(named), path / f"{group}.safetensors")
+        write_whole(path, group, named)
     write_file(path / STATE_FILE, text.encode())
 
 
-def seal(path: Path, step: int, config: Mapping[str, Any]) -> None:
-    """Flush every file in `path` to disk, then write the manifest that lists them."""
+Described: TypeAlias = dict[str, dict[str, Any]]
+"""File name -> its size and sha256."""
+
+
+def described(file: Path) -> Described:
+    """The file's entry in a manifest."""
+    return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}}
+
+
+def seal(path: Path, step: int, config: Mapping[str, Any], known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Flush every file in `path` to disk, then write the manifest that lists them. known: entries made already."""
     flush_directory(path)
-    files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in path.iterdir()}
+    files = dict(known or {})
+    for file in path.iterdir():
+        files |= {} if file.name in files else described(file)
     write_file(path / MANIFEST, _manifest_bytes({**FORMAT, "step": step, "files": files, "config": config}))
     fsync(path)
 
@@ -201,20 +211,6 @@ def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _own_storages(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, contiguous, no two sharing storage (tied weights would), as safetensors requires."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in named.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(storage.data_ptr())
-        result[name] = tensor
-    return result
 
 
 def discard(path: Path) -> None:

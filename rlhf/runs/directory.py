@@ -19,14 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rlhf.errors import InputError, TrainingError
 from rlhf.runs.checkpoint import (
     MANIFEST,
     STEP_NAME,
     Checkpoint,
     DamagedCheckpoint,
+    Described,
+    described,
     discard,
     read_checkpoint,
     seal,
@@ -36,6 +36,7 @@ from rlhf.runs.checkpoint import (
 )
 from rlhf.runs.files import beside, disk_errors, fsync, still_at, write_whole
 from rlhf.runs.jsonlines import COMPLETIONS_FILE, METRICS_FILE, TIMES_FILE
+from rlhf.runs.shards import Stored, is_sharded, write_shards
 
 RUN_FILE = "RUN.json"
 RUN_NAMES = ("checkpoints", METRICS_FILE, TIMES_FILE, COMPLETIONS_FILE)
@@ -66,6 +67,9 @@ class RunDirectory:
         *,
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
+        gather: Callable[[list[Any]], list[Any]] = lambda items: items,
+        rank: int = 0,
+        processes: int = 1,
         keep: int | None = 2,
         others: Sequence[str] = (),
     ) -> None:
@@ -74,6 +78,8 @@ class RunDirectory:
             path: the output directory.
             is_main: whether this process writes.
             barrier: waits for all processes.
+            gather: the lists of all processes, joined.
+            rank, processes: this process's number, and how many there are.
             keep: number of newest checkpoints to keep; None keeps all.
             others: names of further files and folders that the run writes, treated like `RUN_NAMES`; files are those that
                 end like one of `FILE_SUFFIXES`.
@@ -85,6 +91,9 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.is_main = is_main
         self.barrier = barrier
+        self.gather = gather
+        self.rank = rank
+        self.processes = processes
         self.keep = keep
         self._lock: int | None = None
         self._starts_over = False
@@ -295,14 +304,15 @@ class RunDirectory:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
+        tensors: Mapping[str, Stored],
         state: Mapping[str, Any],
         *,
         config: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write the checkpoint of `step` and flush it to disk before returning. All processes call it.
 
-        tensors: group -> name -> tensor, one file per group. state: must survive a round trip through JSON. config:
+        tensors: group -> name -> tensor, one file per group, or this process's `Shard`, one file per
+        process. state: must survive a round trip through JSON. config:
         stored in the manifest, for `check_resumable`.
         Raises TrainingError naming the path (disk full, ...); earlier checkpoints stay untouched.
         """
@@ -311,19 +321,16 @@ class RunDirectory:
         text = json.dumps(state, sort_keys=True, indent=1)
         if json.loads(text) != state:
             raise TrainingError(f"The state of step {step} does not survive a round trip through JSON: {text[:200]}")
+        shared = {group: named for group, named in tensors.items() if self.processes > 1 and is_sharded(named)}
+        whole = {group: named for group, named in tensors.items() if group not in shared}
         try:
-            remedy = "Earlier ones are whole: free disk space or fix the path, then resume."
-            with disk_errors(f"The checkpoint {final} was not written", remedy):
-                if self.is_main:
-                    self._come_back()
-                    if final.exists():
-                        raise FileExistsError("a checkpoint of this step already exists")
-                    write_files(beside(final), step, tensors, text)
-                    seal(temporary, step, config or {})
-                self.barrier()
-                if self.is_main:
-                    os.rename(temporary, final)
-                    fsync(self.checkpoints)
+            self._together(final, lambda: self._begin(final, step, whole, text))
+            if self.gather([bool(shared)])[0]:
+                written = self._together(final, lambda: self._write_shards(temporary, shared))
+                known = {name: entry for files in written for name, entry in files.items()}
+            else:
+                known = {}
+            self._together(final, lambda: self._end(final, step, config or {}, known))
         except TrainingError:
             if self.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)  # free space on a full disk
@@ -332,6 +339,43 @@ class RunDirectory:
             self._prune()
         self.barrier()
         return final
+
+    def _begin(self, final: Path, step: int, tensors: Mapping[str, Any], text: str) -> None:
+        if self.is_main:
+            self._come_back()
+            if final.exists():
+                raise FileExistsError("a checkpoint of this step already exists")
+            write_files(beside(final), step, tensors, text)
+
+    def _write_shards(self, folder: Path, groups: Mapping[str, Stored]) -> Described:
+        files = [write_shards(folder, group, named, self.rank, self.processes) for group, named in groups.items()]
+        for file in files:
+            fsync(file)
+        return {name: entry for file in files for name, entry in described(file).items()}
+
+    def _end(self, final: Path, step: int, config: Mapping[str, Any], known: Described) -> None:
+        """Name every file in the manifest and rename the folder: from then on there is a checkpoint."""
+        if self.is_main:
+            temporary = final.with_name(f"{final.name}.tmp")
+            seal(temporary, step, config, known)
+            os.rename(temporary, final)
+            fsync(self.checkpoints)
+
+    def _together(self, final: Path, work: Callable[[], Any]) -> list[Any]:
+        """Do this process's share, and return what all processes did. If one fails, all raise its TrainingError."""
+        remedy = "Earlier ones are whole: free disk space or fix the path, then resume."
+        result: Any = None
+        failure: TrainingError | None = None
+        try:
+            with disk_errors(f"The checkpoint {final} was not written", remedy):
+                result = work()
+        except TrainingError as error:
+            failure = error
+        outcomes = self.gather([(result, None if failure is None else str(failure))])
+        failed = [message for _, message in outcomes if message is not None]
+        if failed:
+            raise failure or TrainingError(failed[0])
+        return [outcome for outcome, _ in outcomes]
 
     def _prune(self) -> None:
         """Delete all but the newest checkpoints. A failure costs only disk space, so it does not stop the run."""

@@ -78,6 +78,9 @@ class Run:
                 output_dir,
                 is_main=distributed.is_main,
                 barrier=distributed.barrier,
+                gather=distributed.gather_objects,
+                rank=distributed.rank,
+                processes=distributed.world_size,
                 keep=keep_checkpoints,
                 others=writes,
             )

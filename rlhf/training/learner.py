@@ -153,8 +153,8 @@ class Learner:
             "optimizer": optimizer_state,
             "updates": self.updates,
         }
-        whole = self.distributed.layout.whole
-        return Saved(values, {"policy": whole(trained_tensors(self.policy)), "optimizer": whole(tensors)})
+        stored = self.distributed.layout.stored
+        return Saved(values, {"policy": stored(trained_tensors(self.policy)), "optimizer": stored(tensors)})
 
     def check(self, saved: Saved, step: int | None = None) -> None:
         """Raises InputError unless `saved` is a `state` of this model and optimizer, after `step` steps if given.

@@ -103,19 +103,31 @@ def test_main_renames_only_after_all_processes_have_arrived(tmp_path):
     seen = []
     run = RunDirectory(tmp_path / "run")
     run.open()
-    run.barrier = lambda: seen.append(sorted(path.name for path in run.checkpoints.iterdir()))
+
+    def gather(items):
+        seen.append(sorted(path.name for path in run.checkpoints.iterdir()))
+        return items
+
+    run.gather = gather
     save(run, 1)
-    assert seen == [["step-000001.tmp"], ["step-000001"]]
+    assert seen == [["step-000001.tmp"], ["step-000001.tmp"], ["step-000001"]]
 
 
 def test_other_processes_write_nothing_and_find_the_same_checkpoint(run):
     save(run, 4)
     waits = []
-    other = RunDirectory(run.path, is_main=False, barrier=lambda: waits.append(1))
+    exchanged = []
+    other = RunDirectory(
+        run.path,
+        is_main=False,
+        barrier=lambda: waits.append(1),
+        gather=lambda items: exchanged.append(1) or items,  # type: ignore[func-returns-value]
+    )
     before = sorted(run.path.rglob("*"))
     assert_is_exactly(other.open(resume=True), 4)
     other.save(5, tensors(5), state(5))
-    assert sorted(run.path.rglob("*")) == before and len(waits) == 3 + 2
+    assert sorted(run.path.rglob("*")) == before
+    assert len(waits) == 3 + 1 and len(exchanged) == 3  # as often as the main process
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ tensors smaller than the number of processes (the bias of a value head has one n
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,12 +18,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from rlhf.layout import FullySharded
 from rlhf.models.adapters import adapter_of
 from rlhf.rewards.model import RewardModel
+from rlhf.runs.checkpoint import read_checkpoint
 from rlhf.runs.jsonlines import read_metrics
+from rlhf.training.optimizer_state import optimizer_tensors
+from rlhf.training.weights import trained_tensors
 from tests import tiny
+from tests.tiny import AtStep
 from tests.trainers.grpo_runs import lines_of
 from tests.trainers.grpo_runs import make_trainer as grpo_trainer
 
@@ -103,6 +109,41 @@ def run_case(case: str, out: Path) -> Any:
     return trainer
 
 
+def interrupted(out: Path) -> Any:
+    """The run that other numbers of processes take up: two of its three steps."""
+    return ppo(out, "gpt2", lm=trained_adapter("gpt2"), critic="adapter", callbacks=[AtStep(1, stop)])
+
+
+def stop(trainer: Any) -> None:
+    trainer.should_stop = True
+
+
+def restored(source: Path, out: Path) -> dict[str, torch.Tensor]:
+    """The trained weights and moments of a trainer that goes on from a copy of `source`; then it does."""
+    trainer = ppo(out, "gpt2", lm=trained_adapter("gpt2"), critic="adapter")
+    group = trainer.distributed
+    if group.is_main:
+        shutil.copytree(source, out)
+    group.barrier()
+    trainer._begin(True, False)
+    tensors = group.layout.whole(trained_tensors(trainer.policy))
+    moments, _ = optimizer_tensors(trainer.learner.own_optimizer, trainer.policy.named_parameters())
+    tensors |= group.layout.whole(moments)
+    trainer.run.close()
+    group.barrier()
+    trainer.train(resume=True)
+    return tensors
+
+
+def go_on(sources: Path, processes: int) -> None:
+    """Restore, and finish, the interrupted run of every number of processes that there is."""
+    for source in sorted(sources.glob("saved-by-?")):
+        name = f"{source.name}-resumed-by-{processes}"
+        tensors = restored(source, sources / name)
+        if tensors:  # the main process has them
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, sources / f"{name}.safetensors")
+
+
 class Collectives:
     """Counts this process's collectives, by name and in order."""
 
@@ -123,8 +164,19 @@ class Collectives:
         return called
 
 
+def elastic(out: Path) -> None:
+    """What each process does for the tests of checkpoints."""
+    torch.set_num_threads(1)
+    os.environ.update({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    FullySharded.whole_up_to = 0  # every tensor in shards
+    processes = int(os.environ["WORLD_SIZE"])
+    if not (out / f"saved-by-{processes}").exists():
+        interrupted(out / f"saved-by-{processes}").train()
+    go_on(out, processes)
+
+
 def main(out: Path) -> None:
-    """What each process does."""
+    """What each process does for the tests of layouts."""
     torch.set_num_threads(1)
     counted = Collectives()
     for layout in LAYOUTS:
@@ -221,5 +273,70 @@ def test_a_checkpoint_holds_the_adapters_alone(case):
         assert all(key.startswith("critic.") or adapter_of(key) for key in kept)
 
 
+# --- checkpoints in shards -----------------------------------------------------------------------------------------------
+
+
+def saved(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = read_checkpoint(run / "checkpoints" / "step-000002")
+    return {**checkpoint.tensors("policy"), **checkpoint.tensors("optimizer")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Runs of one and two processes, interrupted and taken up by one and two."""
+    out = tmp_path_factory.mktemp("elastic")
+    interrupted(out / "saved-by-1").train()
+    launch(out, "elastic")
+    go_on(out, 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def more_runs(runs) -> Path:
+    """Those of three processes, too."""
+    launch(runs, "elastic", processes=3)
+    for left in (*runs.glob("*-resumed-by-[12]"), *runs.glob("*-resumed-by-[12].safetensors")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    launch(runs, "elastic")
+    go_on(runs, 1)
+    return runs
+
+
+def check_elastic(runs: Path, before: int, after: int) -> None:
+    name = f"saved-by-{before}-resumed-by-{after}"
+    expected, got = saved(runs / f"saved-by-{before}"), load_file(runs / f"{name}.safetensors")
+    assert got.keys() == expected.keys() and any("exp_avg" in key for key in got)
+    assert all(torch.equal(got[key], expected[key]) for key in expected), "to the last bit, moments included"
+    for key, tensor in weights(runs / "saved-by-1-resumed-by-1").items():
+        torch.testing.assert_close(read_weights(runs / name)[key], tensor, rtol=0, atol=WEIGHTS)
+
+
+def read_weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = read_checkpoint(run / "checkpoints" / f"step-{STEPS:06d}")
+    return {**checkpoint.tensors("policy"), **checkpoint.tensors("optimizer")}
+
+
+@pytest.mark.parametrize("before", [1, 2])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_checkpoint_of_any_number_of_processes_is_taken_up_by_any(runs, before, after):
+    check_elastic(runs, before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [1, 2, 3])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_checkpoint_of_one_to_three_processes_is_taken_up_by_any(more_runs, before, after):
+    check_elastic(more_runs, before, after)
+
+
+def test_each_process_writes_a_file_of_its_own_rows(runs):
+    files = {path.name for path in (runs / "saved-by-2" / "checkpoints" / "step-000002").iterdir()}
+    shards = {f"{group}.0000{n}-of-00002.safetensors" for group in ("policy", "optimizer") for n in (1, 2)}
+    assert files == shards | {"MANIFEST.json", "state.json"}
+    for group in ("policy", "optimizer"):
+        tensors = [load_file(runs / "saved-by-2" / "checkpoints" / "step-000002" / n) for n in shards if group in n]
+        assert any(len(tensor) == 0 for part in tensors for tensor in part.values() if tensor.dim()), "an empty share"
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (elastic if "elastic" in sys.argv[2:] else main)(Path(sys.argv[1]))
