@@ -41,7 +41,8 @@ SKIPPED = 77
 
 
 def check(holds: bool, promise: str) -> None:
-    print(f"    {'ok    ' if holds else 'BROKEN'} {promise}", flush=True)
+    if os.environ.get("RANK", "0") == "0" or not holds:
+        print(f"    {'ok    ' if holds else 'BROKEN'} {promise}", flush=True)
     if not holds:
         sys.exit(1)
 
@@ -83,24 +84,68 @@ def with_a_process_group(folder: Path) -> None:
     check(pieces[0].tolist() == [1.0, 1.0, 1.0], "sums and gathers arrive")
 
 
-def trained(kind: str, precision: str, folder: Path) -> Any:
+def in_shards(folder: Path) -> None:
+    """FSDP2 on every GPU of this machine (two processes on a CPU): weights in shards, bfloat16 arithmetic."""
+    from torch.distributed.tensor import DTensor
+
+    from rlhf.layout import FullySharded
+
+    FullySharded.whole_up_to = 0  # checkpoints in shards too
+    trainer = trained("PPO", "bfloat16", folder)
+    layout = trainer.distributed.layout
+    check(layout.name == "FSDP2", f"{trainer.distributed.world_size} process(es) share the weights ({layout.name})")
+    parameters = [*trainer.policy.parameters(), *trainer.reference.module.parameters()]
+    check(all(isinstance(p, DTensor) for p in parameters), f"{len(parameters)} tensors are in shards")
+    check({p.dtype for p in trainer.policy.parameters()} == {torch.float32}, "what is trained is float32")
+    moments = [state["exp_avg"] for state in trainer.learner.own_optimizer.state.values()]
+    check(all(isinstance(m, DTensor) and m.dtype == torch.float32 for m in moments), "so are the moments, in shards")
+    files = sorted(path.name for path in (folder / "PPO" / "checkpoints").rglob("policy.*.safetensors"))
+    check(
+        len(files) == trainer.distributed.world_size, f"each process wrote its share of the checkpoint ({len(files)})"
+    )
+
+
+def with_adapters(folder: Path) -> None:
+    """LoRA on a bfloat16 base, a value adapter on the same base, and layers computed again in the backward pass."""
+    if importlib.util.find_spec("peft") is None:
+        print("    peft is not installed here")
+        sys.exit(SKIPPED)
+    from peft import LoraConfig
+
+    more = {"critic": "adapter", "gradient_checkpointing": True, "learning_rate": 1e-2}
+    trainer = trained("PPO", "bfloat16", folder, peft_config=LoraConfig(r=16, target_modules="all-linear"), **more)
+    kinds = {(p.requires_grad, p.dtype) for p in trainer.policy.parameters()}
+    check(kinds == {(True, torch.float32), (False, torch.bfloat16)}, "the base is bfloat16, the adapters float32")
+    first = read_first(folder / "PPO")
+    check(first["reward_kl"] == 0.0, "the first step's KL to the base is exactly 0")
+    trained("GRPO", "bfloat16", folder, peft_config=LoraConfig(r=16, target_modules="all-linear"), learning_rate=1e-2)
+
+
+def read_first(run: Path) -> dict[str, Any]:
+    from rlhf.runs.jsonlines import read_metrics
+
+    return read_metrics(run)[0]
+
+
+def trained(kind: str, precision: str, folder: Path, **settings: Any) -> Any:
     """A small model after 12 steps, in each of which the trainer compared sampler and policy."""
     from gpu_task import SMALL, make_trainer
 
     from rlhf.runs.jsonlines import read_metrics
 
     output = folder / kind
-    trainer = make_trainer(
-        kind, output, SMALL, prompts=64, tokens=16, total_steps=12, learning_rate=3e-3, precision=precision
-    )
+    settings = {"total_steps": 12, "learning_rate": 3e-3, "precision": precision, **settings}
+    trainer = make_trainer(kind, output, SMALL, prompts=64, tokens=16, **settings)
     with quiet():
         trainer.train()
+    trainer.distributed.barrier()
     lines = read_metrics(output)
     gap, mean, score = (trainer.metric_names.get(name, name) for name in ("sampler_gap", "sampler_gap_mean", "score"))
-    print(
-        f"    {kind}: score {lines[0][score]:.2f} -> {lines[-1][score]:.2f}; log-probs of sampler and policy differ by "
-        f"{max(line[gap] for line in lines):.1e} nats at most, {max(line[mean] for line in lines):.1e} on average"
-    )
+    if trainer.distributed.is_main:
+        print(
+            f"    {kind}: score {lines[0][score]:.2f} -> {lines[-1][score]:.2f}; log-probs of sampler and policy differ by "
+            f"{max(line[gap] for line in lines):.1e} nats at most, {max(line[mean] for line in lines):.1e} on average"
+        )
     check(lines[-1][score] > lines[0][score] + 0.1, f"{kind} learns")
     return trainer
 
@@ -265,10 +310,25 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "float32": in_float32,
     "bfloat16": in_bfloat16,
     "process-group": with_a_process_group,
+    "shards": in_shards,
+    "adapters": with_adapters,
     "control": control,
     "speed-float32": speed("float32"),
     "speed-bfloat16": speed("bfloat16"),
 }
+
+
+def command(name: str, folder: str) -> list[str]:
+    """The stage as a command; "shards" is started once for each GPU."""
+    start = [sys.executable]
+    if name == "shards":
+        os.environ.update({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"})
+        processes = torch.cuda.device_count() if GPU else 2
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
+        start += ["--rdzv_endpoint", "localhost:0"]
+    else:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+    return [*start, __file__, "--stage", name, folder]
 
 
 def quiet() -> Any:
@@ -310,7 +370,8 @@ def main(names: list[str]) -> int:
     for name in names or STAGES:
         print(f"\n{name}", flush=True)
         started = time.perf_counter()
-        status = subprocess.run([sys.executable, __file__, "--stage", name]).returncode
+        with tempfile.TemporaryDirectory() as folder:
+            status = subprocess.run(command(name, folder)).returncode
         results[name] = {0: "passed", SKIPPED: "SKIPPED"}.get(status, "FAILED")
         print(f"    {results[name]} after {time.perf_counter() - started:.0f} s", flush=True)
     print(f"\n{', '.join(f'{name} {result}' for name, result in results.items())}")
@@ -320,7 +381,6 @@ def main(names: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--stage"]:
-        with tempfile.TemporaryDirectory() as made:
-            STAGES[sys.argv[2]](Path(made))
+        STAGES[sys.argv[2]](Path(sys.argv[3]))
     else:
         sys.exit(main(sys.argv[1:]))

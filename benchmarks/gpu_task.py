@@ -73,7 +73,15 @@ def reward_model(size: dict[str, Any]) -> RewardModel:
 
 
 def make_trainer(
-    kind: str, folder: Path, size: dict[str, Any], *, prompts: int, tokens: int, **settings: Any
+    kind: str,
+    folder: Path,
+    size: dict[str, Any],
+    *,
+    prompts: int,
+    tokens: int,
+    peft_config: Any = None,
+    critic: str = "head",
+    **settings: Any,
 ) -> Trainer:
     """A PPO trainer (reward function and reward model, reference, value head) or a GRPO trainer (reward function).
 
@@ -83,6 +91,7 @@ def make_trainer(
         size: of the language model.
         prompts: completions per step, in groups of 8 for GRPO.
         tokens: length limit of a completion.
+        peft_config, critic: of the trainer.
         settings: further ones of the trainer's config.
     """
     groups = prompts // 8 if kind == "GRPO" else prompts
@@ -98,7 +107,8 @@ def make_trainer(
     lm = language_model(size)
     if kind == "GRPO":
         config = GRPOTrainerConfig(**common, grpo=GRPOConfig(completions_per_prompt=8))
-        return GRPOTrainer(lm, even_digits, rows, config, tokenizer=tokenizer())
+        return GRPOTrainer(lm, even_digits, rows, config, tokenizer=tokenizer(), peft_config=peft_config)
     update = UpdateConfig(num_epochs=2, minibatch_size=prompts // 2)
     config = PPOTrainerConfig(**common, update=update, reward_weights=[1.0, 0.01])
-    return PPOTrainer(lm, [even_digits, reward_model(size)], rows, config, tokenizer=tokenizer())
+    rewards = [even_digits, reward_model(size)]
+    return PPOTrainer(lm, rewards, rows, config, tokenizer=tokenizer(), peft_config=peft_config, critic=critic)

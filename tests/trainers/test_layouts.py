@@ -37,6 +37,7 @@ WEIGHTS = 1e-9
 """Largest difference of a weight after 3 steps in float64, see DESIGN: the order of sums alone differs."""
 PROMPTS = ["ab", "c", "defgh", "gha", "bbbbbbb", "hg", "fed"]
 LAYOUTS = ("ddp", "fsdp2")
+FLOAT32 = "adapter in float32"
 
 
 def lora(**settings: Any) -> LoraConfig:
@@ -55,7 +56,7 @@ def ppo(out: Path, family: str, **settings: Any) -> Any:
         out,
         lm=settings.pop("lm", None) or tiny.causal_lm(family, dtype=torch.float64),
         dataset=tiny.rows(PROMPTS),
-        eval_dataset=tiny.rows(["abc", "hh", "dead"]),
+        eval_dataset=tiny.rows(["abc", "hh", "dead", "c", "bf"]),
         total_steps=STEPS,
         update={"minibatch_size": 3, **settings.pop("update", {})},
         **{"prompts_per_step": 6, "checkpoint_every": 1, "keep_checkpoints": STEPS, **settings},
@@ -63,9 +64,21 @@ def ppo(out: Path, family: str, **settings: Any) -> Any:
     )
 
 
-def grpo(out: Path, family: str, *, peft_config: Any = None, **settings: Any) -> Any:
-    lm = tiny.causal_lm(family, dtype=torch.float64)
-    return grpo_trainer(out, lm=lm, peft_config=peft_config, keep_checkpoints=STEPS, total_steps=STEPS, **settings)
+def grpo(out: Path, family: str, **settings: Any) -> Any:
+    return grpo_trainer(
+        out,
+        lm=tiny.causal_lm(family, dtype=torch.float64),
+        keep_checkpoints=STEPS,
+        total_steps=STEPS,
+        prompts_per_step=4,
+        update={"minibatch_size": 8, **settings.pop("update", {})},
+        **settings,
+    )
+
+
+def in_float32(out: Path) -> Any:
+    """Compared by its losses and first gradients alone: Adam makes much of little differences."""
+    return ppo(out, "llama", lm=tiny.causal_lm("llama"), peft_config=lora(), ppo={"kl_coef": 0.2})
 
 
 def judge() -> RewardModel:
@@ -97,6 +110,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     ),
     "from a trained adapter": lambda out: ppo(out, "gpt2", lm=trained_adapter("gpt2"), ppo={"kl_coef": 0.2}),
     "dynamic sampling": lambda out: grpo(out, "gpt2", update={"microbatch_tokens": 20}),
+    FLOAT32: in_float32,
     "adapter without a critic": lambda out: grpo(out, "llama", peft_config=lora(modules_to_save=["lm_head"])),
 }
 
@@ -129,6 +143,7 @@ def restored(source: Path, out: Path) -> dict[str, torch.Tensor]:
     tensors = group.layout.whole(trained_tensors(trainer.policy))
     moments, _ = optimizer_tensors(trainer.learner.own_optimizer, trainer.policy.named_parameters())
     tensors |= group.layout.whole(moments)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     trainer.run.close()
     group.barrier()
     trainer.train(resume=True)
@@ -208,12 +223,25 @@ def two(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("four")
+    launch(out, processes=4)
+    return out
+
+
 @pytest.fixture(scope="module", params=CASES)
-def case(request, tmp_path_factory, two) -> tuple[str, Path, Path]:
-    """(name, what one process wrote, what two processes wrote)."""
-    one = tmp_path_factory.mktemp("one")
-    run_case(request.param, one)
-    return request.param, one, two
+def one(request, tmp_path_factory) -> tuple[str, Path]:
+    """(name, what one process wrote)."""
+    out = tmp_path_factory.mktemp("one")
+    run_case(request.param, out)
+    return request.param, out
+
+
+@pytest.fixture(params=["two", pytest.param("four", marks=pytest.mark.slow)])
+def case(request, one) -> tuple[str, Path, Path]:
+    """(name, what one process wrote, what several wrote)."""
+    return (*one, request.getfixturevalue(request.param))
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -232,6 +260,8 @@ def test_a_layout_samples_the_tokens_of_one_process(case, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_learns_the_weights_and_moments_of_one_process(case, layout):
     name, one, two = case
+    if name == FLOAT32:
+        pytest.skip("see the test of its losses and gradients")
     expected, got = weights(one), weights(two / layout / name)
     assert got.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -241,13 +271,17 @@ def test_a_layout_learns_the_weights_and_moments_of_one_process(case, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_reports_the_metrics_of_one_process(case, layout):
     name, one, two = case
-    for expected, got in zip(read_metrics(one), read_metrics(two / layout / name), strict=True):
-        assert got == pytest.approx(expected, rel=1e-7, abs=1e-7)
+    tolerance, lines = (1e-5, 1) if name == FLOAT32 else (1e-7, STEPS)
+    pairs = list(zip(read_metrics(one), read_metrics(two / layout / name), strict=True))
+    for expected, got in pairs[:lines]:  # losses and gradient norms among them
+        assert got == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_exported_policy_is_that_of_one_process(case, layout):
     name, one, two = case
+    if name == FLOAT32:
+        pytest.skip("its weights may differ")
     folders = [one / "policy", two / layout / name / "policy"]
     files = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in folders]
     assert files[0] == files[1]
@@ -260,16 +294,16 @@ def test_the_exported_policy_is_that_of_one_process(case, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_both_processes_make_the_same_collectives_in_the_same_order(case, layout):
-    name, _, two = case
-    ranks = [torch.load(two / f"{layout}-{name}.{rank}.pt") for rank in range(2)]
-    assert ranks[0] == ranks[1] and len(ranks[0]) > 20
+def test_all_processes_make_the_same_collectives_in_the_same_order(case, layout):
+    name, _, out = case
+    ranks = [torch.load(file) for file in out.glob(f"{layout}-{name}.?.pt")]
+    assert len(ranks) > 1 and all(seen == ranks[0] for seen in ranks) and len(ranks[0]) > 20
 
 
-def test_a_checkpoint_holds_the_adapters_alone(case):
-    name, one, _ = case
+def test_a_checkpoint_holds_the_adapters_alone(one):
+    name, run = one
     if "adapter" in name:
-        kept = load_file(one / "checkpoints" / f"step-{STEPS:06d}" / "policy.safetensors")
+        kept = load_file(run / "checkpoints" / f"step-{STEPS:06d}" / "policy.safetensors")
         assert all(key.startswith("critic.") or adapter_of(key) for key in kept)
 
 
