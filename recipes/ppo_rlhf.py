@@ -79,7 +79,7 @@ def train(recipe: PPORecipe) -> None:
 
     # Rewards: models and functions, combined into one weighted score per completion.
     rewards = Rewards(
-        [reward_of(reward, tokenizer, distributed.device, config.frozen_dtype) for reward in recipe.rewards()],
+        [reward_of(reward, tokenizer, config.frozen_dtype) for reward in recipe.rewards()],
         weights=config.reward_weights,
         timeout_s=config.reward_timeout_s,
     )

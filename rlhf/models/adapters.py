@@ -6,6 +6,7 @@ The base is shared: policy, reference and value adapter are the same weights wit
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -138,6 +139,23 @@ class Adapters:
         set_peft_model_state_dict(self.model, own, adapter_name=name)
         self._added()
 
+    def take(self, other: "PeftModel") -> str:
+        """Add a frozen copy of the adapter of another model with the same base; returns the name it has here.
+
+        Modules that the other model trained whole (its head) are left out: this one has no such modules.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        name = f"taken_{len(self.model.peft_config)}"
+        config: Any = deepcopy(other.peft_config[POLICY])
+        config.modules_to_save, config.task_type = None, self.model.peft_config[POLICY].task_type
+        state = get_peft_model_state_dict(other, adapter_name=POLICY, save_embedding_layers=False)
+        with _new_weights(self.seed):
+            self.model.add_adapter(name, config)
+        set_peft_model_state_dict(self.model, {k: t for k, t in state.items() if ".lora_" in k}, adapter_name=name)
+        self._added()
+        return name
+
     def add_adapter(self, name: str) -> None:
         """Add the trained adapter `name`, with the settings of the policy's adapter and no effect yet."""
         with _new_weights(self.seed + 1):
@@ -146,7 +164,7 @@ class Adapters:
 
     def _added(self) -> None:
         self._layers = _switched_layers(self.lm)
-        self._train_only(*(name for name in self.model.peft_config if name != REFERENCE))
+        self._train_only(POLICY, CRITIC)
         self.active_name = None  # peft has switched to another one
         self._activate(POLICY)
 

@@ -43,14 +43,14 @@ def tokenizer_of(
 
 
 def reward_of(
-    reward: Reward, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype | None = None
+    reward: Reward, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None
 ) -> Callable[..., Any]:
     """The reward as a function that scores completions of a policy with this tokenizer; a path is loaded, as `dtype`."""
     if isinstance(reward, RewardModel):
         return reward.for_policy(tokenizer)
     if not isinstance(reward, str):
         return reward
-    return RewardModel.load(reward, device, policy_tokenizer=tokenizer, dtype=dtype)
+    return RewardModel.load(reward, policy_tokenizer=tokenizer, dtype=dtype)
 
 
 def prompts_of(

@@ -1,6 +1,5 @@
 """Puts the models of a run where they belong: on the device, and spread over the processes."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,29 +11,33 @@ from rlhf.models.recompute import recompute_layers
 from rlhf.models.reference import Reference
 from rlhf.rewards.combine import Rewards
 from rlhf.rewards.model import RewardModel
+from rlhf.rewards.shared import AdapterScores, share_base
 from rlhf.trainers.config import TrainerConfig
 
 
 def place(
     policy: Policy, reference: Reference | None, rewards: Rewards, config: TrainerConfig, distributed: Distributed
 ) -> None:
-    """Move policy and reference to the device, and spread what is not trained; the learner spreads the policy itself."""
+    """Move the models to the device, and spread what is not trained; the learner spreads the policy itself."""
+    models = [function for function in rewards.functions if isinstance(function, RewardModel)]
+    apart = [m.model for m in models if policy.adapters is None or not share_base(m, policy.adapters)]
     policy.to(distributed.device)
     if config.gradient_checkpointing:
         recompute_layers(policy)
     if reference is not None and reference.module is not None:
         reference.module.to(distributed.device)
         distributed.layout.freeze(reference.module)
-    for model in reward_models(rewards):
+    for function in models:
+        function.model.to(distributed.device)
+    for model in apart:
         distributed.layout.freeze(model)
-
-
-def reward_models(rewards: Rewards) -> Iterator[Module]:
-    """The models among the rewards."""
-    return (function.model for function in rewards.functions if isinstance(function, RewardModel))
 
 
 def gathered(policy: Policy, rewards: Rewards, distributed: Distributed, models: str) -> AbstractContextManager[Any]:
     """Context in which this process holds all weights of the "policy" or of the "rewards", see `Sampler.gathered`."""
-    modules = [policy] if models == "policy" else list(reward_models(rewards))
-    return distributed.layout.inference(*modules, gather=True)
+    if models == "policy":
+        return distributed.layout.inference(policy, gather=True)
+    judges: list[Module] = [function.model for function in rewards.functions if isinstance(function, RewardModel)]
+    own = [judge for judge in judges if not isinstance(judge, AdapterScores)]
+    shared = [policy] if len(own) < len(judges) else []
+    return distributed.layout.inference(*shared, *own, gather=True)

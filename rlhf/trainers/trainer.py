@@ -103,7 +103,7 @@ class Trainer:
             self.eval_data = prompts_of(eval_dataset, self.tokenizer, config, "eval_dataset")
         check_batch_sizes(config, self.algorithm.completions_per_prompt, self.eval_data, self.distributed.world_size)
         self.rewards = Rewards(
-            [reward_of(r, self.tokenizer, self.distributed.device, config.frozen_dtype) for r in rewards],
+            [reward_of(r, self.tokenizer, config.frozen_dtype) for r in rewards],
             weights=config.reward_weights,
             timeout_s=config.reward_timeout_s,
         )

@@ -31,6 +31,8 @@ from transformers import (
 
 from rlhf.data.supervised import tokenize_preferences
 from rlhf.errors import InputError
+from rlhf.models.adapters import LoRASettings
+from rlhf.rewards.model import RewardModel
 from tests.rounding import EPS
 
 PRAISE, BLAME = ("good", "nice", "great"), ("bad", "poor", "awful")
@@ -203,6 +205,26 @@ def test_from_files_on_disk(tmp_path):
     path = str(tmp_path / "pairs.jsonl")
     folder = train_reward_model(config(tmp_path, dataset=path, eval_dataset=path))
     assert 0 <= json.loads((folder / "metrics.json").read_text())["eval_accuracy"] <= 1
+
+
+def test_with_lora_the_adapter_and_its_head_are_saved_and_score_alike_when_loaded(tmp_path):
+    save_start(tmp_path / "start")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    path = str(tmp_path / "pairs.jsonl")
+    changes = {
+        "dataset": path,
+        "eval_dataset": path,
+        "num_epochs": 20,
+        "lora": LoRASettings(r=4),
+        "learning_rate": 1e-2,
+    }
+    folder = train_reward_model(config(tmp_path, **changes))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert not (folder / "model.safetensors").exists() and metrics["eval_accuracy"] == 1.0
+    judge = RewardModel.load(folder, policy_tokenizer=embedded.tokenizer())
+    rows = tokenize_preferences(Dataset.from_list(ROWS), embedded.tokenizer(), max_tokens=64)
+    gaps = [judge.score([row["chosen_ids"]])[0] - judge.score([row["rejected_ids"]])[0] for row in rows]
+    assert sum(gaps) / len(gaps) == pytest.approx(metrics["eval_margin"], rel=1e-4)
 
 
 @pytest.mark.parametrize("bad", [{"margin": -1.0}, {"center_coefficient": -0.1}])

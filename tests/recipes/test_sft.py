@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rlhf.data.supervised import tokenize_completions
 from rlhf.errors import InputError
+from rlhf.models.adapters import LoRASettings, base_name
+from rlhf.models.policy import load_policy
 from tests.rounding import EPS
 
 ROWS = [
@@ -86,6 +88,29 @@ def test_training_memorises_three_rows_and_saves_a_stock_model(tmp_path, capsys)
     assert tokenizer.decode(out, skip_special_tokens=True) == ROWS[1]["completion"]
     assert out[-1] == tokenizer.eos_token_id  # it learnt to stop
     assert not list(folder.glob("*.bin"))  # no pickles
+
+
+def test_with_lora_the_folder_holds_an_adapter_that_the_commands_load_with_its_base(tmp_path):
+    small_model().save_pretrained(tmp_path / "start")
+    embedded.tokenizer().save_pretrained(tmp_path / "start")
+    rows = Dataset.from_list(ROWS)
+    settings = config(tmp_path, num_epochs=30, lora=LoRASettings(r=8), learning_rate=2e-2)
+    start = LlamaForCausalLM.from_pretrained(tmp_path / "start")
+    before = {name: p.clone() for name, p in start.named_parameters()}
+    folder = fine_tune(start, Inputs(embedded.tokenizer(), rows, rows), settings)
+    assert (
+        not (folder / "model.safetensors").exists() and (folder / "adapter_model.safetensors").stat().st_size < 60_000
+    )
+    policy = load_policy(str(folder))  # as `sample` and the trainers load it
+    loaded = {base_name(name): p for name, p in policy.lm.named_parameters()}
+    assert all(torch.equal(loaded[name], p) for name, p in before.items())
+    inputs = tokenize_completions(rows, embedded.tokenizer(), max_tokens=64)
+    batch = pad_completions(list(inputs), embedded.tokenizer().pad_token_id)
+    with torch.no_grad():
+        loss = policy.lm(**batch).loss.item()
+    assert loss == pytest.approx(json.loads((folder / "metrics.json").read_text())["eval_loss"], rel=1e-4)
+    with policy.with_adapter(None), torch.no_grad():
+        assert policy.lm(**batch).loss.item() > loss + 0.5
 
 
 def test_microbatches_do_not_change_the_result(tmp_path):

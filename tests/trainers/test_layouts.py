@@ -253,8 +253,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_a_layout_samples_the_tokens_of_one_process(case, layout):
     name, one, two = case
     runs = [lines_of(run) for run in (one, two / layout / name)]
-    ids = [[(line["step"], line["completion"]) for line in lines] for lines in runs]
-    assert ids[0] == ids[1] and ids[0]
+    expected, got = ({(line["step"], line["row"]): line["completion"] for line in lines} for lines in runs)
+    assert len(got) >= STEPS and got.items() <= expected.items()  # the main process of four may have fewer to log
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
