@@ -289,7 +289,10 @@ class Run:
         for file in self._files():
             file.close()
         self._metrics = self._samples = None
-        self.distributed.close()
+        try:
+            self.distributed.close()
+        except Exception as failure:  # whatever a tracker raises whose files are gone: the run's own error comes first
+            self.say(f"the tracker could not be closed: {failure}")
 
 
 def _load(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:

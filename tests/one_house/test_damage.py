@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from rlhf import InputError
 from rlhf.runs import checkpoint as format_module
-from rlhf.runs.checkpoint import MANIFEST, read_checkpoint, seal
+from rlhf.runs.checkpoint import MANIFEST, Saved, read_checkpoint, seal
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.run import Run
 from rlhf.training import learner as learner_module
+from tests import tiny
 from tests.one_house.worlds import At, Breaks, Control, Tokens, breaks
 from tests.runs.test_checkpoint import DAMAGE
 
@@ -316,3 +317,16 @@ def test_a_source_that_cannot_read_its_state_leaves_the_learner_as_it_was(copy, 
     with pytest.raises(InputError, match=rf"{NEW}: the state of 'source' cannot be read \(KeyError: 'mine'\)"):
         Tokens().start(folder, resume=True)
     assert watch.unchanged()
+
+
+def test_a_learner_that_is_given_another_optimizers_state_keeps_its_weights(tmp_path):
+    """Also where no run checks it first."""
+    trainer = tiny.trainer(tmp_path, total_steps=1)
+    trainer.train()
+    saved = trainer.learner.state(1)
+    other = {name: tensor + 1 for name, tensor in saved.tensors["policy"].items()}
+    optimizer = {name: tensor.bfloat16() for name, tensor in saved.tensors["optimizer"].items()}
+    before = tiny.weights(trainer)
+    with pytest.raises(InputError, match=r"optimizer\.safetensors differs from what was saved: exp_avg/.* is bfloat16"):
+        trainer.learner.load(Saved(saved.values, {"policy": other, "optimizer": optimizer}))
+    assert tiny.furthest(before, tiny.weights(trainer)) == 0.0

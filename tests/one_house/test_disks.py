@@ -16,6 +16,7 @@ from rlhf.runs.directory import RunDirectory
 from rlhf.runs.jsonlines import JsonLines
 from rlhf.runs.run import Run
 from rlhf.training.learner import Learner
+from tests import tiny
 from tests.one_house.disk_faults import CODES, refusing
 from tests.one_house.worlds import STEPS, WORLDS, At, Breaks, Control, Tokens, breaks
 
@@ -116,6 +117,18 @@ def test_a_log_on_a_full_device_ends_the_run_at_that_step_which_is_saved(world, 
         world.start(tmp_path, callbacks=[At(1, full)])
     assert steps(tmp_path) == ["step-000003"] and is_free(tmp_path)
     assert goes_on(world, tmp_path, whole)
+
+
+@pytest.mark.parametrize("when", ["at the start", "during the run"])
+def test_a_tracker_that_cannot_be_written_ends_the_run_with_one_error(when, tmp_path):
+    tracker = tmp_path / "tracker"
+    if when == "at the start":
+        tracker.write_text("mine")
+    action = At(0, lambda trainer: shutil.rmtree(tracker))
+    trainer = tiny.trainer(tmp_path, total_steps=50, tracker="tensorboard", callbacks=[action])
+    with pytest.raises(TrainingError, match=rf"The tracker cannot be (started|written).*{tracker}.*then resume"):
+        trainer.train()
+    assert is_free(tmp_path) and len(steps(tmp_path)) == (when == "during the run")
 
 
 # --- a disk that is full ----------------------------------------------------------------------------------------------

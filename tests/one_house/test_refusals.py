@@ -4,6 +4,7 @@ import gc
 from dataclasses import replace
 
 import pytest
+import torch
 
 from gym_baselines import PPO
 from rlhf import InputError
@@ -61,6 +62,36 @@ def test_a_source_with_a_metric_that_nobody_knows_is_refused_before_it_is_learnt
 
     trainer = tiny.trainer(tmp_path, source=Chatty)
     with pytest.raises(InputError, match=r"metrics staleness are not in the table.*custom/NAME"):
+        trainer.train()
+    assert not trainer.learner.has_learnt
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": {"custom/mine": "1.5"}}, r"metric 'custom/mine' is '1\.5', which cannot be written"),
+        ({"metrics": {"custom/mine": None}}, r"metric 'custom/mine' is None"),
+        ({"metrics": {"custom/mine": torch.zeros(2)}}, r"metric 'custom/mine' is tensor"),
+        ({"metrics": {"custom/mine": 10**5000}}, r"metric 'custom/mine' is <ValueError in its repr>"),
+        ({"metrics": {"custom/\ud800": 1.0}}, r"metric 'custom/\\ud800' is 1\.0"),
+        ({"metrics": {("custom", "mine"): 1.0}}, r"\('custom', 'mine'\) are not in the table"),
+        ({"samples": [{"row": 0, "mine": "\ud800"}]}, r"the sample .* cannot be written.*surrogates"),
+        ({"samples": [{"row": 0, ("a",): 1}]}, r"the sample .* cannot be written.*tuple"),
+        ({"samples": [{"row": 99}]}, r'"row" 99 is not among'),
+        ({"samples": [{"mine": 1}]}, r'"row" None is not among'),
+        ({"samples": ["text"]}, r"the sample 'text' cannot be written"),
+    ],
+)
+def test_a_source_with_a_line_that_cannot_be_written_is_refused_before_it_is_learnt_from(changes, message, tmp_path):
+    class Chatty:
+        def __init__(self, prompts):
+            self.prompts, self.state, self.load = prompts, prompts.state, prompts.load
+
+        def collect(self, step):
+            return replace(self.prompts.collect(step), **changes)
+
+    trainer = tiny.trainer(tmp_path, source=Chatty)
+    with pytest.raises(InputError, match=rf"source: .*{message}.*Nothing was trained"):
         trainer.train()
     assert not trainer.learner.has_learnt
 

@@ -3,8 +3,8 @@
 import ppo_rlhf
 import pytest
 
-from rlhf import PPOTrainer
-from rlhf.commands.cli import parse
+from rlhf import InputError, PPOTrainer
+from rlhf.commands.cli import guard, parse
 from rlhf.training.learner import Learner
 from tests import tiny
 
@@ -102,3 +102,29 @@ def test_the_recipe_goes_on_after_an_error_as_if_there_had_been_none(arguments, 
     assert "resumed from" in " ".join(printed)
 
     assert {name: data for name, data in resumed.items() if "step-000003" not in name} == whole
+
+
+@pytest.mark.parametrize("train", [by_recipe, by_trainer])
+def test_a_policy_that_cannot_be_written_at_the_end_is_one_message_and_is_there_after_resume(
+    arguments, train, tmp_path, capsys, monkeypatch
+):
+    save, folder = Learner.state, tmp_path / "out"
+
+    def state(self, step):
+        if step == 4 and not (folder / "policy").exists():
+            (folder / "policy").write_text("mine")
+        return save(self, step)
+
+    monkeypatch.setattr(Learner, "state", state)
+    with pytest.raises(SystemExit) as ended, guard():
+        train(parse(ppo_rlhf.PPORecipe, arguments))
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and f"stopped: {folder / 'policy'} was not written" in told
+    assert "last checkpoint holds the trained policy" in told and "Traceback" not in told
+    assert (folder / "checkpoints" / "step-000004").is_dir()
+    with pytest.raises(InputError, match=f"{folder / 'policy'} is a file, where a run has a folder.*Move it away"):
+        ppo_rlhf.train(parse(ppo_rlhf.PPORecipe, [*arguments, "--resume"]))
+    (folder / "policy").unlink()
+    monkeypatch.undo()
+    ppo_rlhf.train(parse(ppo_rlhf.PPORecipe, [*arguments, "--resume"]))
+    assert (folder / "policy" / "model.safetensors").exists()
