@@ -44,7 +44,7 @@ class Answers:
 def run(config: GRPOTrainerConfig, *, resume: bool | str, overwrite: bool) -> dict[str, dict[str, float]]:
     """Run all stages; return the numbers of the table printed at the end. Arguments: see `run` in pipeline.py."""
     be_quick_and_quiet()
-    distributed = Distributed(precision=config.precision)
+    distributed = Distributed(precision=config.precision, collective_timeout_s=config.collective_timeout_s)
     root = Path(config.output_dir)
     stages = Stages(root, replace(config, output_dir=""), distributed, overwrite=overwrite)
     stages.run("data", "data", lambda folder: arithmetic.write_data(folder, config.seed), on_main=True)

@@ -45,7 +45,7 @@ def run(config: PPOTrainerConfig, *, resume: bool | str, overwrite: bool) -> dic
     without it, the PPO stage continues from its newest checkpoint. overwrite: run all stages again.
     """
     be_quick_and_quiet()
-    distributed = Distributed(precision=config.precision)
+    distributed = Distributed(precision=config.precision, collective_timeout_s=config.collective_timeout_s)
     root = Path(config.output_dir)
     stages = Stages(root, replace(config, output_dir=""), distributed, overwrite=overwrite)
     stages.run("data", "data", lambda folder: embedded.write_data(folder, config.seed), on_main=True)

@@ -65,7 +65,12 @@ def train(recipe: PPORecipe) -> None:
     config: PPOTrainerConfig = recipe.training()
     folder = Path(config.output_dir)
     temperature = config.generation.temperature
-    distributed = Distributed(precision=config.precision, tracker=config.tracker, tracker_dir=str(folder / "tracker"))
+    distributed = Distributed(
+        precision=config.precision,
+        tracker=config.tracker,
+        tracker_dir=str(folder / "tracker"),
+        collective_timeout_s=config.collective_timeout_s,
+    )
 
     # Prompts, as token ids; the seed decides their order.
     tokenizer = recipe.load_tokenizer()

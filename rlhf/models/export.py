@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from rlhf.errors import TrainingError
+from rlhf.lifeline import phase
 from rlhf.models.policy import Policy
 from rlhf.runs.files import written_beside
 from rlhf.training.weights import named_tensors
 
 
+@phase("export")
 def save_policy(policy: Policy, tokenizer: Any, final: Path) -> None:
     """Write model, tokenizer and value head to the folder `final`, completely or not at all.
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from rlhf.data.tokenization import Text
 from rlhf.errors import InputError, excerpt
+from rlhf.lifeline import phase
 from rlhf.rewards.calls import EventLoop, Failure, RewardCall
 from rlhf.rewards.functions import SCORE_LIMIT, as_float, check_scores, name_of
 
@@ -103,6 +104,7 @@ class Rewards:
                     "or give the parameter a default."
                 )
 
+    @phase("rewards")
     def __call__(
         self,
         *,

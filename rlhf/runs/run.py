@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from rlhf import lifeline
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
 from rlhf.runs.callbacks import Callback
@@ -138,15 +139,22 @@ class Run:
     def training(self, display: Display | None = None) -> Iterator[None]:
         """Context of the training loop. Opens logs and tracker, and delays Ctrl-C and SIGTERM to the end of the step (a
         second signal interrupts at once). If an error ends the loop, saves the completed steps first (one process only).
+        With several processes, tells the others of it; raises TrainingError, naming rank, step and phase, if another
+        process caused it.
         """
         self.should_stop = False
+        lifeline.now(self.step)
         self._display = display or Display()
         try:
             self._open_logs()
             self.say(*self.distributed.notes)
             with waiting_signals() as self._signals:
                 yield
+            lifeline.now(self.step, "end")
         except BaseException as error:
+            ended = lifeline.report(error, self.saved)
+            if ended is not None:
+                raise ended from None
             try:
                 self._rescue()
             except Exception as failure:
@@ -160,6 +168,7 @@ class Run:
     def stopping(self) -> bool:
         """Whether to end the run now: a callback on any process asked for it, or a signal came. All processes call this
         and get the same answer."""
+        lifeline.now(self.step)
         return self._on_any(self.should_stop or self._signals.number is not None)
 
     def log(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -181,13 +190,15 @@ class Run:
     def notify(self, hook: str, *arguments: Any) -> None:
         """Call the method `hook` of every callback; each gets its own copy of dictionary arguments."""
         for callback in self.callbacks:
-            getattr(callback, hook)(*[dict(a) if isinstance(a, dict) else a for a in arguments])
+            with lifeline.phase(hook):
+                getattr(callback, hook)(*[dict(a) if isinstance(a, dict) else a for a in arguments])
 
     def save(self) -> None:
         """Write a checkpoint of the completed steps, unless there is one. All processes call it, between two steps."""
         saved = self._save(self.step)
         assert saved, "save() may only be called between two steps"
 
+    @lifeline.phase("checkpoint")
     def _save(self, step: int) -> bool:
         """Save all parts as they are after `step` steps. Returns False, and saves nothing, if a part is not there."""
         if self.directory is None or self.saved_step == step:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from rlhf.algorithms.base import Algorithm
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
+from rlhf.lifeline import phase
 from rlhf.runs.checkpoint import Saved
 from rlhf.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from rlhf.training.sampler import Agreement, check_sampler
@@ -87,6 +88,7 @@ class Learner:
             if value != begins[name]
         ]
 
+    @phase("update")
     def learn(
         self, trajectories: Trajectories, *, step: int, progress: float, learning_rate: float
     ) -> dict[str, float]:
