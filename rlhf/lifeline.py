@@ -14,6 +14,7 @@ import atexit
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -30,10 +31,12 @@ from rlhf.lifeline_hub import Hub, encoded, place
 
 GRACE_S = 2.0
 """Seconds that a process in its loop has to end by itself once another has failed; its thread ends it then."""
-GRACE_ELSEWHERE_S = 0.5
+GRACE_ELSEWHERE_S = 0.3
 """The same outside the loop, where a launcher's SIGTERM ends a process before it can say why."""
-LINGER_S = 1.0
+LINGER_S = 0.8
 """Seconds that a process which fails outside the loop waits before it ends, so that the others can say why they end."""
+AFTER_S = GRACE_S + 1.0
+"""Seconds that a process which has lost others waits before it ends: launchers name the first that ends as the cause."""
 VERDICT_S = 5.0
 """Seconds to wait for the hub to say what became of the others."""
 _COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset) by peer", re.IGNORECASE)
@@ -75,19 +78,26 @@ def _phase() -> str:
 # ---- what ends it ----
 
 
-def report(error: BaseException, saved: str = "see what is saved") -> TrainingError | None:
-    """Call with the error that ends the run, or the process. Others are told of it, unless they caused it: then returns
-    the error to raise instead. `saved` ends that one's message."""
-    if _line is None or isinstance(error, KeyboardInterrupt) or _is_reported(error):
-        return None
-    note = f"{_NOTE}{_line.rank} of {_line.world_size}, in {place(_step, _phase())}"
-    error.add_note(note)
+def report(error: BaseException, saved: str = "see what is saved") -> BaseException:
+    """Call with the error that ends the run, or the process; returns the one to raise. That is `error`, of which the others
+    are told, unless they caused it: then it is another one, which says so, and ends with `saved`."""
+    if isinstance(error, KeyboardInterrupt) or _is_reported(error):
+        return error
+    note = f"{_NOTE}{_name()}, in {place(_step, _phase())}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        error.add_note(note)
+    if _line is None:
+        return error
     if not _is_communication(error):
         _line.end("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:600].rstrip('.')}.")
-        return None
+        return error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, before this process could say why it ends
     reason = _line.end("lost", str(error).splitlines()[0][:300])
+    time.sleep(AFTER_S)
     ended = TrainingError(f"{reason} This process cannot go on alone; {saved}.")
     ended.add_note(note)
+    ended.__suppress_context__ = True
     return ended
 
 
@@ -96,10 +106,15 @@ def leave(error: BaseException, show: Callable[[], None]) -> None:
     fresh = not (_line is None or isinstance(error, KeyboardInterrupt) or _is_reported(error))
     ended = report(error)
     show()  # before the others end, upon which a launcher may end this process
-    if ended is not None:
+    if ended is not error:
         print(f"rlhf: {ended}", file=sys.stderr)
     elif fresh:
         time.sleep(LINGER_S)
+
+
+def _name() -> str:
+    """As launchers say, also before processes are connected."""
+    return f"{os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}"
 
 
 def _is_reported(error: BaseException) -> bool:
@@ -191,7 +206,7 @@ class Lifeline:
         """In a forked child: its copies of the connections would hide that this process has ended."""
         global _line
         _line = None
-        self._connection.close()
+        os.close(self._connection.detach())
         if self._hub is not None:
             self._hub.drop()
 
@@ -220,15 +235,18 @@ class Lifeline:
         if not self._heard.is_set():
             self._reason = reason
         self._heard.set()
+        in_loop = _phases[0] == "loop"
         if self._ends < number:
-            time.sleep(GRACE_ELSEWHERE_S if _phases[0] != "loop" else GRACE_S)
+            time.sleep(GRACE_S if in_loop else GRACE_ELSEWHERE_S)
         if self._ends < number:
-            self._exit(reason)
+            self._say_last(reason)
+            time.sleep(0.0 if in_loop else AFTER_S)
+            os._exit(1)
 
-    def _exit(self, reason: str) -> None:
+    def _say_last(self, reason: str) -> None:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         at = f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
-        where = f"rank {self.rank} of {self.world_size} is in {place(_step, _phase())}{at}"
+        where = f"rank {_name()} is in {place(_step, _phase())}{at}"
 
         def say() -> None:
             print(f"rlhf: {reason} This process ends too: {where}.", file=sys.stderr, flush=True)
@@ -237,4 +255,3 @@ class Lifeline:
         last = threading.Thread(target=say, daemon=True)  # the main thread may hold a stream for ever
         last.start()
         last.join(1.0)
-        os._exit(1)

@@ -1,6 +1,7 @@
 """The hub of a run of several processes: a thread beside rank 0 that hears of all, and tells all what ended one."""
 
 import json
+import os
 import secrets
 import socket
 import threading
@@ -65,7 +66,7 @@ class Hub:
     def drop(self) -> None:
         """In a forked child: close the copies of the connections."""
         for connection in (self._server, *self._connections.values()):
-            connection.close()
+            os.close(connection.detach())
 
     def _in_thread(self, target: Any, *arguments: Any) -> None:
         threading.Thread(target=target, args=arguments, name="lifeline-hub", daemon=True).start()

@@ -24,7 +24,7 @@ import torch
 
 from rlhf import lifeline
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError
+from rlhf.errors import InputError, excerpt
 from rlhf.runs.callbacks import Callback
 from rlhf.runs.checkpoint import Checkpoint, Part, Saved
 from rlhf.runs.directory import RunDirectory
@@ -33,6 +33,7 @@ from rlhf.runs.metrics import unknown_names
 from rlhf.runs.reporting import Display, say
 from rlhf.runs.resume import check_resumable
 from rlhf.runs.signals import Interrupted, Signals, waiting_signals
+from rlhf.settings import dotted
 
 
 class Run:
@@ -95,9 +96,10 @@ class Run:
         """Claim the directory and find the checkpoint to continue from, if any. All processes call it.
 
         resume: True for the newest intact checkpoint here, or the path of a checkpoint or a run. overwrite: replace the
-        run in the directory. Raises InputError if the directory cannot be used that way, or if the checkpoint belongs to
-        a run with other settings; the directory is then as before, and unlocked.
+        run in the directory. Raises InputError if the directory cannot be used that way, if the checkpoint belongs to a
+        run with other settings, or if processes have different ones; the directory is then as before, and unlocked.
         """
+        self._require_equal()
         if self.directory is None:
             return
         changed: list[str] = []
@@ -110,6 +112,18 @@ class Run:
             self.say(f"resumed from {checkpoint.path}", *[f"changed since: {note}" for note in changed])
         self.step = self.saved_step = checkpoint.step if checkpoint else 0
         self._checkpoint = checkpoint
+
+    def _require_equal(self) -> None:
+        """InputError if another process was started with other settings, data or models."""
+        mine = {name: value for name, value in dotted(self.description) if name != "output_dir"}
+        first, *others = self.distributed.gather_objects([mine])
+        for rank, other in enumerate(others, start=1):
+            for name in first.keys() | other.keys():
+                if first.get(name) != other.get(name):
+                    raise InputError(
+                        f"{name}={excerpt(first.get(name))} on process 0, but {excerpt(other.get(name))} on process {rank}. "
+                        "Start all processes with the same settings, data and models."
+                    )
 
     @property
     def resumes(self) -> bool:
@@ -149,12 +163,12 @@ class Run:
             self._open_logs()
             self.say(*self.distributed.notes)
             with waiting_signals() as self._signals:
-                yield
+                try:
+                    yield
+                except BaseException as error:
+                    raise lifeline.report(error, self.saved)  # noqa: B904  it is `error`, or says why it came
             lifeline.now(self.step, "end")
         except BaseException as error:
-            ended = lifeline.report(error, self.saved)
-            if ended is not None:
-                raise ended from None
             try:
                 self._rescue()
             except Exception as failure:
@@ -169,6 +183,7 @@ class Run:
         """Whether to end the run now: a callback on any process asked for it, or a signal came. All processes call this
         and get the same answer."""
         lifeline.now(self.step)
+        self._signals.heed_launcher()
         return self._on_any(self.should_stop or self._signals.number is not None)
 
     def log(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]] = ()) -> None:
