@@ -118,11 +118,11 @@ class Run:
         mine = {name: value for name, value in dotted(self.description) if name != "output_dir"}
         first, *others = self.distributed.gather_objects([mine])
         for rank, other in enumerate(others, start=1):
-            for name in first.keys() | other.keys():
+            for name in {**first, **other}:
                 if first.get(name) != other.get(name):
                     raise InputError(
-                        f"{name}={excerpt(first.get(name))} on process 0, but {excerpt(other.get(name))} on process {rank}. "
-                        "Start all processes with the same settings, data and models."
+                        f"{name}={excerpt(first.get(name))} on process 0, but {excerpt(other.get(name))} on process "
+                        f"{rank}. Start all processes with the same settings, data and models."
                     )
 
     @property

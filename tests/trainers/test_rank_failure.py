@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import TrainingError
+from rlhf import InputError, TrainingError, distributed
 from rlhf.commands.cli import guard
 from rlhf.core.random import EVALUATION
 from rlhf.distributed import Distributed
@@ -290,3 +290,16 @@ def test_processes_with_different_settings_data_or_models_are_refused_by_name(na
     for rank in ranks:
         assert rank.code == 2 and re.search(rf"error: {named}=.* on process 0, but .* on process 1", rank.printed)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_that_is_no_positive_number_is_refused(seconds, tmp_path):
+    with pytest.raises(InputError, match=r"collective_timeout_s=.*above 0"):
+        make_trainer(tmp_path, collective_timeout_s=seconds)
+
+
+def test_a_timeout_that_comes_too_late_for_the_group_says_so(monkeypatch):
+    monkeypatch.setattr(distributed, "_timeout_s", 60.0)
+    assert distributed._note_on_timeout(True, 60.0) == []
+    (note,) = distributed._note_on_timeout(True, 5.0)
+    assert "collective_timeout_s=5 has no effect" in note
