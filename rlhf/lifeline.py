@@ -10,7 +10,6 @@ Only what happened counts, never silence: a loaded machine cannot end a healthy 
 code keeps the interpreter to itself; such a process is left to the launcher, which kills it after a while (torchrun: 30 s).
 """
 
-import atexit
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any
 
@@ -150,7 +150,7 @@ def start(rank: int, world_size: int, share: Callable[[Any], Any]) -> None:
         return
     connection.settimeout(None)
     _line = Lifeline(rank, world_size, connection, hub)
-    atexit.register(_line.close)
+    Finalize(None, _line.close, exitpriority=0)  # as atexit, and in processes that multiprocessing made
     os.register_at_fork(after_in_child=_line.drop)
     _report_uncaught()
 
@@ -218,15 +218,18 @@ class Lifeline:
             self._connection.sendall(encoded(message))
 
     def _listen(self) -> None:
+        left = False
         with suppress(OSError), self._connection.makefile("rb") as lines:
             for line in lines:
                 kind, *values = json.loads(line)
                 if kind == "at":
-                    self._hub_at = place(*values)
+                    self._hub_at, left = place(*values), values[1] == "end"
                 elif kind == "end":
                     self._hear(*values)
-                else:  # rank 0 ends by itself
-                    return
+                elif kind == "bye":
+                    left = True
+        if left:  # rank 0 has ended by itself
+            return
         number = self._ends if self._ended else self._ends + 1
         self._hear(number, f"Rank 0 of {self.world_size} was killed or crashed in {self._hub_at}.")
 

@@ -34,7 +34,7 @@ class Peer:
     ended: bool = False
     """Whether it has done nothing since the last of them."""
     left: bool = False
-    """Whether its process ends by itself."""
+    """Whether its run is at its end, after which programs end in many ways, or its process says that it ends."""
 
 
 class Hub:
@@ -99,6 +99,7 @@ class Hub:
         peer = self._peers[rank]
         if kind == "at":
             peer.at, peer.since, peer.ended = place(*values), time.monotonic(), False
+            peer.left = values[1] == "end"
             if rank == 0:  # the others hear it in case rank 0, and with it the hub, is killed
                 self._broadcast("at", *values)
         elif kind == "bye":

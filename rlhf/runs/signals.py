@@ -61,5 +61,5 @@ def waiting_signals() -> Iterator[Signals]:
         yield signals
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) == signals.note:  # a process that has lost the others ignores SIGTERM
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a process that has lost the others does
                 signal.signal(number, handler)
