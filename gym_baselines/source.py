@@ -13,6 +13,7 @@ from gym_baselines.restore import are_numbers, check_rows, from_checkpoint, rest
 from rlhf.core.masking import masked_mean
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError, excerpt
+from rlhf.lifeline import phase
 from rlhf.runs.checkpoint import ANOTHER, Saved
 from rlhf.training.source import Collected
 from rlhf.types import Trajectories
@@ -59,6 +60,7 @@ class EnvironmentSource:
         self.restarted: list[int] = []
         """Rows whose episodes `load` could not continue, so that they began new ones."""
 
+    @phase("sampling")
     def collect(self, step: int) -> Collected:
         """Collect one rollout of every environment, continuing where the last one stopped."""
         before = self._kept.get(step) or self._now() if self.keep_states else None

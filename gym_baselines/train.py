@@ -23,6 +23,7 @@ from rlhf.algorithms.ppo import PPO
 from rlhf.algorithms.trpo import TRPO
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError
+from rlhf.lifeline import phase
 from rlhf.runs.callbacks import Callback
 from rlhf.runs.run import Run
 from rlhf.training.learner import Learner
@@ -204,6 +205,7 @@ class Training:
             metrics["clip_range"], _ = self.algorithm.clip_bounds(progress)
         return metrics | dict(collected.metrics)
 
+    @phase("evaluation")
     def evaluate(self) -> dict[str, float]:
         """Evaluate the greedy policy; mean and standard deviation of its returns, as metrics."""
         result = evaluate(self.agent, episodes=self.config.eval_episodes, seed=self.config.seed)

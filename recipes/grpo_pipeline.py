@@ -52,7 +52,7 @@ def run(
     """Run all stages; return the numbers of the table printed at the end. Arguments: see `run` in pipeline.py."""
     lora = lora or LoRASettings()
     be_quick_and_quiet()
-    distributed = Distributed(precision=config.precision)
+    distributed = Distributed(precision=config.precision, collective_timeout_s=config.collective_timeout_s)
     root = Path(config.output_dir)
     settings = asdict(replace(config, output_dir="")) | {"lora": asdict(lora)}
     stages = Stages(root, settings, distributed, overwrite=overwrite)

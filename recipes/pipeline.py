@@ -56,7 +56,7 @@ def run(
     """
     lora = lora or LoRASettings()
     be_quick_and_quiet()
-    distributed = Distributed(precision=config.precision)
+    distributed = Distributed(precision=config.precision, collective_timeout_s=config.collective_timeout_s)
     root = Path(config.output_dir)
     settings = asdict(replace(config, output_dir="")) | {"lora": asdict(lora), "critic": critic}
     stages = Stages(root, settings, distributed, overwrite=overwrite)

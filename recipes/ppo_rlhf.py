@@ -67,7 +67,12 @@ def train(recipe: PPORecipe) -> None:
     """PPO on the user's model, prompts and rewards. `rlhf.PPOTrainer(...).train()` writes the same bytes."""
     config: PPOTrainerConfig = recipe.training()
     folder = Path(config.output_dir)
-    distributed = Distributed(precision=config.precision, tracker=config.tracker, tracker_dir=str(folder / "tracker"))
+    distributed = Distributed(
+        precision=config.precision,
+        tracker=config.tracker,
+        tracker_dir=str(folder / "tracker"),
+        collective_timeout_s=config.collective_timeout_s,
+    )
 
     # Prompts, as token ids; the seed decides their order.
     tokenizer = recipe.load_tokenizer()

@@ -4,16 +4,18 @@ import atexit
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, gather_object
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, broadcast_object_list, gather_object
 from torch import Tensor
 from torch.nn import Module
 
+from rlhf import lifeline
 from rlhf.errors import InputError
 from rlhf.layout import FullySharded, Layout, Replicated
 from rlhf.settings import dotted
@@ -30,19 +32,23 @@ class Distributed:
         precision: Literal["float32", "bfloat16"] = "float32",
         tracker: str | None = None,
         tracker_dir: str | None = None,
+        collective_timeout_s: float = 1800.0,
     ) -> None:
         """cpu: do not use a GPU. precision: "bfloat16" autocasts the forward over float32 master weights. tracker: a
-        name that Accelerate knows. Raises InputError if the launch asks for a kind of sharding or a number of processes
-        that this run would not have, the tracker is unknown or not installed, or this process uses another precision.
+        name that Accelerate knows. collective_timeout_s: how long one process waits for the others, see
+        `TrainerConfig`. Raises InputError if the launch asks for a kind of sharding or a number of processes that this run
+        would not have, the tracker is unknown or not installed, or this process uses another precision.
         """
         sharded = _asks_for_shards()
         _check_tracker(tracker)
+        grouped = dist.is_initialized()
         try:
             self.accelerator = Accelerator(
                 cpu=cpu or not torch.cuda.is_available(),  # draws need float64, which Apple's GPUs lack
                 mixed_precision="bf16" if precision == "bfloat16" else "no",
                 log_with=tracker,
                 project_dir=tracker_dir,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_s))],
             )
         except ValueError as error:
             if "already been initialized" not in str(error):
@@ -58,10 +64,14 @@ class Distributed:
         self.strategy = self.accelerator.distributed_type.value
         self.precision = precision
         _check_world_size(self.world_size)
+        self.notes: list[str] = []
+        """Notes on how the run was launched, one line each, for the run to print."""
         self._plain = self.world_size == 1 and precision == "float32"
         self.layout: Layout = FullySharded(self.accelerator) if sharded else Replicated(self.accelerator)
         if self.world_size > 1:
+            self.notes = _note_on_timeout(grouped, collective_timeout_s)
             atexit.register(_leave_group)
+            lifeline.start(self.rank, self.world_size, lambda value: broadcast_object_list([value])[0])
 
     def unwrap(self, policy: Module) -> Module:
         """The module itself, from what `layout.train` returned."""
@@ -179,6 +189,20 @@ def _check_world_size(world_size: int) -> None:
             f"The launch asked for {wanted if wanted > 1 else 'several'} processes and has started {world_size}: several "
             "on a CPU need --config_file recipes/accelerate/cpu2.yaml. For one process, set --num_processes to 1."
         )
+
+
+_timeout_s: float | None = None
+"""The `collective_timeout_s` with which this module made the process group."""
+
+
+def _note_on_timeout(grouped: bool, timeout_s: float) -> list[str]:
+    """A note if the process group existed, made with another timeout: a group keeps its own."""
+    global _timeout_s
+    if not grouped:
+        _timeout_s = timeout_s
+    if _timeout_s == timeout_s:
+        return []
+    return [f"note: collective_timeout_s={timeout_s:g} has no effect, since the processes were connected before"]
 
 
 def _leave_group() -> None:

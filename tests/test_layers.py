@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = [
     ("core", ["rlhf.core", "rlhf.types", "rlhf.errors", "rlhf.settings"]),
     ("algorithms", ["rlhf.algorithms"]),
-    ("processes", ["rlhf.distributed", "rlhf.layout"]),
+    ("processes", ["rlhf.distributed", "rlhf.layout", "rlhf.lifeline", "rlhf.lifeline_hub"]),
     ("runs", ["rlhf.runs"]),
     ("training", ["rlhf.training"]),
     ("data", ["rlhf.data"]),

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from rlhf.errors import InputError, TrainingError
+from rlhf.lifeline import leave
 from rlhf.runs.signals import Interrupted
 from rlhf.settings import dotted
 from rlhf.trainers.foreign_settings import instead
@@ -40,16 +41,19 @@ def guard() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
-        sys.exit(2)
+        _exit(2, "error", error)
     except TrainingError as error:
-        print("\n".join([f"stopped: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
-        sys.exit(1)
+        _exit(1, "stopped", error)
     except Interrupted as interruption:
         sys.exit(128 + interruption.number)  # as shells do; the run has printed what is saved
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _exit(status: int, kind: str, error: Exception) -> NoReturn:
+    leave(error, lambda: print("\n".join([f"{kind}: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr))
+    sys.exit(status)
 
 
 def run_command(config_class: type[T], command: Callable[[T], Any], description: str | None = None) -> Any:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from rlhf.errors import TrainingError
+from rlhf.lifeline import phase
 from rlhf.models.adapters import adapter_of
 from rlhf.models.policy import Policy
 from rlhf.runs.files import disk_errors, written_beside
@@ -22,6 +23,7 @@ Whole = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Gathers complete tensors on the process that writes, see `Layout.whole`."""
 
 
+@phase("export")
 def save_policy(policy: Policy, tokenizer: Any, final: Path, *, whole: Whole = dict, writes: bool = True) -> None:
     """Write the model (or its adapter, as peft does), tokenizer and critic to the folder `final`, completely or not at
     all. All processes call it; the one with `writes` writes.

@@ -23,6 +23,7 @@ from typing import Any
 
 from rlhf.data.tokenization import Text
 from rlhf.errors import InputError, excerpt
+from rlhf.lifeline import phase
 from rlhf.rewards.calls import EventLoop, Failure, RewardCall
 from rlhf.rewards.functions import SCORE_LIMIT, check_scores, name_of
 from rlhf.rewards.logged import Log
@@ -107,6 +108,7 @@ class Rewards:
                     "or give the parameter a default."
                 )
 
+    @phase("rewards")
     def __call__(
         self,
         *,

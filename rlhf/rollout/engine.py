@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from rlhf.errors import InputError, TrainingError
+from rlhf.lifeline import phase
 from rlhf.settings import check_types
 
 EndedBy = Literal["stop", "length", "aborted"]
@@ -156,6 +157,7 @@ class RolloutEngine(Protocol):
         ...
 
 
+@phase("engine sync")
 def hand_over(engine: RolloutEngine, weights: Weights, version: int) -> None:
     """Sync the engine, and raise TrainingError if it does not say that it has these weights."""
     engine.sync(weights, version)
@@ -166,6 +168,7 @@ def hand_over(engine: RolloutEngine, weights: Weights, version: int) -> None:
         )
 
 
+@phase("sampling")
 def completions_of(
     engine: RolloutEngine,
     requests: Sequence[Request],

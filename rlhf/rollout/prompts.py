@@ -10,6 +10,7 @@ from rlhf.core.random import EVALUATION, SAMPLING
 from rlhf.data.prompts import Prompt, PromptDataset
 from rlhf.distributed import Distributed
 from rlhf.errors import TrainingError
+from rlhf.lifeline import phase
 from rlhf.rewards.combine import Rewards, completion_texts
 from rlhf.rollout.engine import Completion, Key, Request, RolloutEngine, Sampling, Weights, completions_of
 from rlhf.rollout.episode import single_turn
@@ -209,6 +210,7 @@ class PromptSource:
         self.cursor = saved.count("prompts_seen")
 
 
+@phase("evaluation")
 def evaluate(
     data: PromptDataset,
     rows: Sequence[int],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf.distributed import Distributed
 from rlhf.errors import TrainingError
+from rlhf.lifeline import phase
 from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.rollout.episode import Episode, Packed, next_sampled, pack
@@ -26,6 +27,7 @@ class Scorer:
     """About how many tokens one forward pass takes."""
     distributed: Distributed
 
+    @phase("scoring")
     @torch.no_grad()
     def __call__(
         self, episodes: Sequence[Episode], scores: Sequence[float | None], row_index: Sequence[int], *, step: int

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from rlhf import lifeline
 from rlhf.distributed import Distributed
-from rlhf.errors import InputError, TrainingError
+from rlhf.errors import InputError, TrainingError, excerpt
 from rlhf.runs.callbacks import Callback
 from rlhf.runs.checkpoint import ANOTHER, Checkpoint, Part, Saved
 from rlhf.runs.directory import RunDirectory
@@ -33,6 +34,7 @@ from rlhf.runs.metrics import unknown_names
 from rlhf.runs.reporting import Display, say
 from rlhf.runs.resume import check_resumable
 from rlhf.runs.signals import Interrupted, Signals, waiting_signals
+from rlhf.settings import dotted
 
 
 class Run:
@@ -98,9 +100,10 @@ class Run:
         """Claim the directory and find the checkpoint to continue from, if any. All processes call it.
 
         resume: True for the newest intact checkpoint here, or the path of a checkpoint or a run. overwrite: replace the
-        run in the directory. Raises InputError if the directory cannot be used that way, or if the checkpoint belongs to
-        a run with other settings; the directory is then as before, and unlocked.
+        run in the directory. Raises InputError if the directory cannot be used that way, if the checkpoint belongs to a
+        run with other settings, or if processes have different ones; the directory is then as before, and unlocked.
         """
+        self._require_equal()
         if self.directory is None:
             return
         changed: list[str] = []
@@ -113,6 +116,18 @@ class Run:
             self.say(f"resumed from {checkpoint.path}", *[f"changed since: {note}" for note in changed])
         self.step = self.saved_step = checkpoint.step if checkpoint else 0
         self._checkpoint = checkpoint
+
+    def _require_equal(self) -> None:
+        """InputError if another process was started with other settings, data or models."""
+        mine = {name: value for name, value in dotted(self.description) if name != "output_dir"}
+        first, *others = self.distributed.gather_objects([mine])
+        for rank, other in enumerate(others, start=1):
+            for name in {**first, **other}:
+                if first.get(name) != other.get(name):
+                    raise InputError(
+                        f"{name}={excerpt(first.get(name))} on process 0, but {excerpt(other.get(name))} on process "
+                        f"{rank}. Start all processes with the same settings, data and models."
+                    )
 
     @property
     def resumes(self) -> bool:
@@ -143,13 +158,21 @@ class Run:
     def training(self, display: Display | None = None) -> Iterator[None]:
         """Context of the training loop. Opens logs and tracker, and delays Ctrl-C and SIGTERM to the end of the step (a
         second signal interrupts at once). If an error ends the loop, saves the completed steps first (one process only).
+        With several processes, tells the others of it; raises TrainingError, naming rank, step and phase, if another
+        process caused it.
         """
         self.should_stop = False
+        lifeline.now(self.step)
         self._display = display or Display()
         try:
             self._open_logs()
+            self.say(*self.distributed.notes)
             with waiting_signals() as self._signals:
-                yield
+                try:
+                    yield
+                except BaseException as error:
+                    raise lifeline.report(error, self.saved)  # noqa: B904  it is `error`, or says why it came
+            lifeline.now(self.step, "end")
         except BaseException as error:
             try:
                 self._rescue()
@@ -165,6 +188,8 @@ class Run:
     def stopping(self) -> bool:
         """Whether to end the run now: a callback on any process asked for it, or a signal came. All processes call this
         and get the same answer."""
+        lifeline.now(self.step)
+        self._signals.heed_launcher()
         return self._on_any(self.should_stop or self._signals.number is not None)
 
     def log(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -187,7 +212,8 @@ class Run:
     def notify(self, hook: str, *arguments: Any) -> None:
         """Call the method `hook` of every callback; each gets its own copy of dictionary arguments."""
         for callback in self.callbacks:
-            getattr(callback, hook)(*[dict(a) if isinstance(a, dict) else a for a in arguments])
+            with lifeline.phase(hook):
+                getattr(callback, hook)(*[dict(a) if isinstance(a, dict) else a for a in arguments])
 
     def save(self) -> None:
         """Write a checkpoint of the completed steps, unless there is one. All processes call it, between two steps."""
@@ -195,6 +221,7 @@ class Run:
         saved = self._save(self.step)
         assert saved, "save() may only be called between two steps"
 
+    @lifeline.phase("checkpoint")
     def _save(self, step: int) -> bool:
         """Save all parts as they are after `step` steps. Returns False, and saves nothing, if a part is not there."""
         if self.directory is None or self.saved_step == step:

@@ -1,5 +1,6 @@
 """Delays Ctrl-C and SIGTERM to the end of a step, since a run is in a consistent state only between two steps."""
 
+import os
 import signal
 import sys
 import threading
@@ -28,6 +29,15 @@ class Signals:
     number: int | None = None
     _at: float = 0.0
 
+    def __init__(self) -> None:
+        alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+        self._launcher = os.getppid() if alone else None
+
+    def heed_launcher(self) -> None:
+        """Takes the end of an `accelerate launch` of one process for SIGTERM, which that does not pass on."""
+        if self.number is None and self._launcher not in (None, os.getppid()):
+            self.note(signal.SIGTERM, None)
+
     def note(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: records the first signal; the second one interrupts at once."""
         if self.number is None:
@@ -51,4 +61,5 @@ def waiting_signals() -> Iterator[Signals]:
         yield signals
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a process that has lost the others does
+                signal.signal(number, handler)

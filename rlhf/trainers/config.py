@@ -56,6 +56,9 @@ class TrainerConfig:
     """Seconds that one reward function may take for one process's completions of a step; null: no limit."""
     engine_timeout_s: float | None = 3600.0
     """Seconds that the engine may take for one process's completions of a step; null: no limit."""
+    collective_timeout_s: float = 1800.0
+    """Seconds that a process waits for the others, at the start and in every exchange, until the run ends with a message
+    that names the one that hangs. Must exceed the longest that one may be behind, as in its slowest reward call."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     eval_every: int = 0
@@ -89,6 +92,8 @@ class TrainerConfig:
             seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < float("inf"):
                 raise InputError(f"{name}={seconds}: give seconds above 0, or null for no limit.")
+        if not 0 < self.collective_timeout_s < 1e9:
+            raise InputError(f"collective_timeout_s={self.collective_timeout_s}: give seconds above 0 (and below 1e9).")
         if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if not 0 <= self.seed < 2**32:

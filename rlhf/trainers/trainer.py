@@ -92,7 +92,10 @@ class Trainer:
         self.config = config
         self.algorithm = self.make_algorithm()
         self.distributed = Distributed(
-            precision=config.precision, tracker=config.tracker, tracker_dir=str(Path(config.output_dir) / "tracker")
+            precision=config.precision,
+            tracker=config.tracker,
+            tracker_dir=str(Path(config.output_dir) / "tracker"),
+            collective_timeout_s=config.collective_timeout_s,
         )
         # Bad inputs are refused before the policy is loaded.
         self.tokenizer = tokenizer_of(tokenizer, policy)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from rlhf.algorithms.base import Algorithm
 from rlhf.distributed import Distributed
 from rlhf.errors import InputError, excerpt
+from rlhf.lifeline import phase
 from rlhf.runs.checkpoint import ANOTHER, Saved
 from rlhf.training.optimizer_state import check_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
 from rlhf.training.sampler import Agreement, check_sampler
@@ -97,6 +98,7 @@ class Learner:
             if value != begins[name]
         ]
 
+    @phase("update")
     def learn(
         self, trajectories: Trajectories, *, step: int, progress: float, learning_rate: float
     ) -> dict[str, float]:

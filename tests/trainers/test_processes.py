@@ -4,6 +4,7 @@ The processes are real ones (torchrun, gloo); this file is also what they run.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,8 @@ def test_a_checkpoint_of_two_processes_continues_on_one(two, tmp_path):
 def test_when_one_process_fails_all_end_and_the_reason_is_printed(tmp_path):
     done = launch(tmp_path, "failing", timeout=120)
     assert done.returncode != 0 and "the judge is ill" in done.stderr
+    assert "Rank 1 of 2 failed in step 0, phase rewards: InputError: " in done.stderr  # says the other
+    assert re.search(r"rank +: 1 ", done.stderr.partition("Root Cause")[2])  # says the launcher
 
 
 if __name__ == "__main__":
