@@ -139,6 +139,8 @@ def trainer(
     callbacks: Sequence[Any] = (),
     engine: Any = None,
     source: Any = None,
+    critic: Any = None,
+    peft_config: Any = None,
     **settings: Any,
 ) -> PPOTrainer:
     """A PPOTrainer on a random Llama and five prompts, three steps of four prompts: everything can be overridden."""
@@ -160,6 +162,8 @@ def trainer(
         callbacks=callbacks,
         engine=engine,
         source=source,
+        critic=critic,
+        peft_config=peft_config,
     )
 
 
