@@ -38,7 +38,15 @@ class Recorded:
 
 
 def make_trainer(
-    output_dir, *, rewards=(verdict, shape), lm=None, dataset=None, callbacks=(), eval_dataset=None, **changes
+    output_dir,
+    *,
+    rewards=(verdict, shape),
+    lm=None,
+    dataset=None,
+    callbacks=(),
+    eval_dataset=None,
+    peft_config=None,
+    **changes,
 ):
     """4 steps of 3 prompts x 4 completions, up to 3 rounds of sampling, 4 optimizer steps each."""
     groups = {
@@ -68,6 +76,7 @@ def make_trainer(
         tokenizer=tiny.tokenizer(),
         callbacks=callbacks,
         eval_dataset=eval_dataset,
+        peft_config=peft_config,
     )
 
 
