@@ -134,7 +134,7 @@ def critic_of(
     """
     if "values" not in algorithm.needs:
         if critic is not None:
-            raise InputError(f"critic={critic!r}: {type(algorithm).__name__} learns without values. Leave it out.")
+            raise InputError(f"critic: {type(algorithm).__name__} learns without values. Leave it out.")
         return None
     if critic == "adapter" and adapters is None:
         raise InputError('critic="adapter" is an adapter of the policy\'s base: give peft_config (--lora.r) too.')

@@ -251,7 +251,7 @@ def test_a_setting_of_a_later_peft_is_refused_unless_it_has_its_default():
 
     options = {"r": 4, "target_modules": "all-linear"}
     Adapters.add(tiny.causal_lm(), Later(**options))
-    with pytest.raises(InputError, match="twist=0.5"):
+    with pytest.raises(InputError, match=r"twist=0\.5"):
         Adapters.add(tiny.causal_lm(), Later(**options, twist=0.5))
 
 
@@ -325,5 +325,5 @@ def test_an_adapter_that_transformers_loaded_is_refused_and_one_loaded_by_its_pa
 
 def test_an_adapter_without_the_name_of_its_base_is_refused_with_the_remedy(tmp_path):
     runs.trained_peft().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="does not name its base.*base_model_name_or_path"):
+    with pytest.raises(InputError, match=r"does not name its base.*base_model_name_or_path"):
         load_causal_lm(str(tmp_path))
