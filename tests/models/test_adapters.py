@@ -87,7 +87,7 @@ def test_names_in_the_exported_settings_are_in_an_order_that_no_process_changes(
     runs.short_run(tmp_path, total_steps=1, critic="adapter")
     for folder in ("policy", "policy/critic"):
         names = json.loads((tmp_path / folder / "adapter_config.json").read_text())["target_modules"]
-        assert len(names) == 7 and names == sorted(names)
+        assert len(names) == 14 and names == sorted(names)
 
 
 def test_the_adapter_alone_is_written_and_no_weight_of_the_base(tmp_path):
