@@ -43,7 +43,7 @@ from rlhf.rollout.sampled import with_advantages
 from rlhf.rollout.scoring import Scorer
 from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
-from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards
+from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_critic, check_model, check_rewards
 from rlhf.trainers.config import PPOTrainerConfig
 from rlhf.trainers.inputs import adamw, critic_of, model_of, prompts_of, reference_of, reward_of
 from rlhf.trainers.placing import gathered, place
@@ -94,8 +94,9 @@ def train(recipe: PPORecipe) -> None:
     ppo = PPO(config.ppo)
     lm, adapters = model_of(recipe.policy, config, recipe.lora.peft_config())
     check_model(lm, tokenizer, config, prompts, held_out)
-    critic = critic_of(recipe.critic, ppo, adapters)
+    critic = critic_of(recipe.critic, ppo, adapters, tokenizer)
     policy = Policy(lm, temperature=config.generation.temperature, critic=critic, adapters=adapters)
+    check_critic(policy, tokenizer, config, rewards, prompts, held_out)
     reference = reference_of(policy, None, config)
     place(policy, reference, rewards, config, distributed)
 

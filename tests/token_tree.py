@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from rlhf.models.states import states_before
 from rlhf.trainers.config import PPOTrainerConfig, TrainerConfig
 from rlhf.trainers.ppo import PPOTrainer
 from rlhf.trainers.trainer import Callback, Trainer
@@ -62,11 +63,12 @@ def logits_of(lm: GPT2LMHeadModel) -> Tensor:
 
 @torch.no_grad()
 def values_of(trainer: Trainer) -> Tensor:
-    """(7,) float64: the value head at each prefix."""
+    """(7,) float64: the critic at each prefix."""
     if trainer.policy.critic is None:
         return torch.zeros(7).double()
-    hidden = trainer.policy.lm.base_model(input_ids=_PREFIX_IDS).last_hidden_state[torch.arange(7), _LAST]
-    return trainer.policy.critic.head(hidden).double()
+    places = _LAST.unsqueeze(1)
+    states = states_before(trainer.policy.lm, _PREFIX_IDS, places)
+    return trainer.policy.critic(states, _PREFIX_IDS, places)[:, 0].double()
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def train(
     *,
     trainer_class: type[Trainer] = PPOTrainer,
     config_class: type[TrainerConfig] = PPOTrainerConfig,
+    critic: Any = None,
+    peft_config: Any = None,
     **settings: Any,
 ) -> Result:
     """Train `lm` on the problem with `config_class(**settings)`; everything else is a shipped default."""
@@ -120,7 +124,8 @@ def train(
             values.append(values_of(trainer))  # 0 without a value head
 
     rows = [{"prompt": "a"}] * config.prompts_per_step
-    trainer_class(lm, reward, rows, config, tokenizer=tokenizer(), callbacks=[Recorder()]).train()
+    models = {"critic": critic, "peft_config": peft_config}
+    trainer_class(lm, reward, rows, config, tokenizer=tokenizer(), callbacks=[Recorder()], **models).train()
 
     best, theta = problem.best_objective(), thetas[-1] / config.generation.temperature
     error = values[-1] - problem.soft_values()[0]

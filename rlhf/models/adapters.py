@@ -6,8 +6,8 @@ The base is shared: policy, reference and value adapter are the same weights wit
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
+from copy import copy, deepcopy
+from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,16 @@ POLICY, REFERENCE, CRITIC = "default", "reference", "critic"
 
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal")
 """Values of LoraConfig.init_lora_weights that leave the base as it is."""
+
+
+_UNDERSTOOD = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("fan_in_fan_out", "ensure_weight_tying", "inference_mode", "runtime_config"),
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+}
+"""Fields of LoraConfig with which the adapter is a product of two matrices that is added to frozen weights. The others
+must have their defaults, those of later versions of peft included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +85,21 @@ class Adapters:
             raise InputError(
                 f"policy: it has the adapters {', '.join(model.peft_config)}. Give a PeftModel with one, {POLICY!r}."
             )
-        check_lora(model.peft_config[POLICY])
+        self.config: LoraConfig = model.peft_config[POLICY]  # type: ignore[assignment]
+        check_lora(self.config)
         self.model = model
         self.seed = seed
         self.lm: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
-        self.active_name: str | None = POLICY
+        self.active_name: str | None = None
         """The adapter that is on; None: none."""
         self._layers = _switched_layers(self.lm)
         if any(getattr(layer, "merged", False) for layer in self._layers):
             raise InputError("policy: its adapter is merged into the base. Call unmerge_adapter() before training.")
+        self._check_saved()
+        for layer in self._layers:
+            layer.enable_adapters(True)
         self._train_only(POLICY)
+        self._activate(POLICY)
 
     @classmethod
     def add(cls, lm: PreTrainedModel, config: "LoraConfig", *, seed: int = 0) -> "Adapters":
@@ -94,9 +109,19 @@ class Adapters:
         check_lora(config)
         try:
             with _new_weights(seed):
-                return cls(get_peft_model(lm, config), seed=seed)
+                return cls(get_peft_model(lm, deepcopy(config)), seed=seed)  # peft writes into the settings
         except ValueError as error:
             raise InputError(f"peft_config does not fit {type(lm).__name__}: {error}") from error
+
+    def _check_saved(self) -> None:
+        """Raise InputError if a name in modules_to_save fits nothing, at which peft is silent."""
+        found = [name for name, module in self.lm.named_modules() if hasattr(module, "modules_to_save")]
+        for wanted in self.config.modules_to_save or ():
+            if not any(name.endswith(wanted) for name in found):
+                raise InputError(
+                    f"peft_config: modules_to_save={wanted!r} is no module of {type(self.lm).__name__}, so that nothing "
+                    "would be trained for it. Correct the name."
+                )
 
     @contextmanager
     def active(self, name: str | None) -> Iterator[None]:
@@ -135,7 +160,8 @@ class Adapters:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         own = get_peft_model_state_dict(self.model, adapter_name=POLICY, save_embedding_layers=False)
-        self.model.add_adapter(name, self.model.peft_config[POLICY])
+        with _new_weights(self.seed):
+            self.model.add_adapter(name, self.config)
         set_peft_model_state_dict(self.model, own, adapter_name=name)
         self._added()
 
@@ -159,12 +185,13 @@ class Adapters:
     def add_adapter(self, name: str) -> None:
         """Add the trained adapter `name`, with the settings of the policy's adapter and no effect yet."""
         with _new_weights(self.seed + 1):
-            self.model.add_adapter(name, self.model.peft_config[POLICY])
+            self.model.add_adapter(name, self.config)
         self._added()
 
     def _added(self) -> None:
         self._layers = _switched_layers(self.lm)
         self._train_only(POLICY, CRITIC)
+        self.lm.eval()  # the dropout of the new one would act
         self.active_name = None  # peft has switched to another one
         self._activate(POLICY)
 
@@ -194,7 +221,12 @@ class Adapters:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        self.model.peft_config[name].save_pretrained(str(folder))
+        config = copy(self.model.peft_config[name])
+        config.inference_mode = True  # as peft saves it
+        for field, value in vars(config).items():
+            if isinstance(value, set):  # which peft would write in another order in another process
+                setattr(config, field, sorted(value))
+        config.save_pretrained(str(folder))
 
     def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of the base with the policy's adapter added to them, by the base's names.
@@ -238,6 +270,11 @@ def adapted(
             "policy: its adapter was loaded by transformers, which keeps it frozen. Give the adapter's path, or a model "
             "from peft.PeftModel.from_pretrained."
         )
+    if _switched_layers(model):
+        raise InputError(
+            "policy: it has the layers of an adapter in it, from an earlier training. Load the model again, or give the "
+            "PeftModel."
+        )
     if config is None:
         return model, None
     adapters = Adapters.add(model, config, seed=seed)
@@ -254,10 +291,12 @@ def check_lora(config: Any) -> None:
             f"peft_config: init_lora_weights={config.init_lora_weights!r} changes the base, to which an exported adapter "
             "would then not fit. Set it to True or 'gaussian'."
         )
-    for name, plain in {"bias": "none", "use_dora": False, "lora_bias": False, "target_parameters": None}.items():
-        if (getattr(config, name, plain) or plain) != plain:
+    for field in fields(config):
+        plain = field.default if field.default_factory is MISSING else field.default_factory()
+        value = getattr(config, field.name)
+        if field.name not in _UNDERSTOOD and (value or plain) != plain:
             raise InputError(
-                f"peft_config: {name}={getattr(config, name)!r} is not supported, since the adapter must be exactly a "
+                f"peft_config: {field.name}={value!r} is not supported, since the adapter must be exactly a "
                 f"product of two matrices that is added to frozen weights. Set it to {plain!r}."
             )
 

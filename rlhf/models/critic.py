@@ -11,15 +11,16 @@ from typing import Any, Literal, TypeAlias
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from transformers import AutoConfig, PreTrainedModel
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import CRITIC, Adapters
-from rlhf.models.loading import load_classifier, load_model
+from rlhf.models.loading import check_precision, load_classifier, load_model
 from rlhf.models.states import states_before
 
 CriticChoice: TypeAlias = Literal["head", "adapter"] | str | PreTrainedModel
-"""A head on the policy's states, a value adapter, or the path or module of a model of its own."""
+"""A head on the policy's states, a value adapter, a reward model, or the path of one or of a causal LM."""
 HEAD_FILE = "value_head.safetensors"
 FOLDER = "critic"
 
@@ -32,7 +33,7 @@ class ValueHead(nn.Module):
     def __init__(self, width: int, like: Tensor) -> None:
         super().__init__()
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-        self.linear = nn.Linear(width, 1, dtype=dtype, device=like.device)
+        self.linear = skip_init(nn.Linear, width, 1, dtype=dtype, device=like.device)  # draws no random numbers
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -90,9 +91,12 @@ class ModelCritic(Critic):
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise InputError(
-                f"critic: {type(model).__name__} has no linear score with one label. Give a decoder model: a causal LM, or "
-                "a reward model with num_labels=1."
+                f"critic: {type(model).__name__} has no linear score with one label. Give a decoder model: a reward model "
+                "with num_labels=1, or the path of one or of a causal LM."
             )
+        if not any(p.requires_grad for p in model.parameters()):
+            raise InputError("critic: requires_grad is False for all of its weights. Call requires_grad_(True).")
+        check_precision(model, setting="critic")
         score.computes_in_float32 = True  # type: ignore[assignment]
         self.model = model
 
@@ -135,7 +139,8 @@ def load_critic(path: str) -> PreTrainedModel:
     scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if scores and config.num_labels != 1:
         raise InputError(f"critic={path!r} has {config.num_labels} labels, but a value is one number. Give one with 1.")
-    model = load_classifier(path, "critic")
+    with torch.random.fork_rng():  # a new score is drawn
+        model = load_classifier(path, "critic")
     if not scores and isinstance(getattr(model, "score", None), nn.Linear):
         nn.init.zeros_(model.score.weight)  # type: ignore[union-attr,arg-type]
     return model

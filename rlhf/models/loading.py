@@ -34,9 +34,9 @@ def load_causal_lm(path: str, *, setting: str = "policy", dtype: torch.dtype = t
     from peft import PeftModel
 
     base = load_model(AutoModelForCausalLM, base_of(path, setting), f"{setting} (base of {path})", dtype=dtype)
-    return load_model(
-        _Loader(lambda found, **_: PeftModel.from_pretrained(base, found, is_trainable=True)), path, setting
-    )
+    loader = _Loader(lambda found, **_: PeftModel.from_pretrained(base, found, is_trainable=True))
+    with torch.random.fork_rng():  # peft draws weights before it reads them
+        return load_model(loader, path, setting)
 
 
 def load_classifier(path: str, setting: str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -110,7 +110,7 @@ def from_pretrained(loader: Any, path: str | Path, setting: str, **options: Any)
 
 def check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that every token of the tokenizer has an embedding."""
-    size = int(lm.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    size = vocabulary_size(lm)
     if len(tokenizer) > size:
         raise InputError(
             f"tokenizer: it has {len(tokenizer)} tokens, but the policy embeds only {size}. Use the policy's own "
@@ -118,13 +118,18 @@ def check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         )
 
 
-def check_precision(lm: PreTrainedModel) -> None:
+def vocabulary_size(lm: PreTrainedModel) -> int:
+    """How many tokens the model embeds."""
+    return len(lm.get_input_embeddings().weight)  # type: ignore[arg-type]  # an adapted one has no num_embeddings
+
+
+def check_precision(lm: PreTrainedModel, *, setting: str = "policy") -> None:
     """Check that the trained weights are float32 or wider."""
     narrow = sorted({str(p.dtype) for p in lm.parameters() if p.requires_grad and p.dtype.itemsize < 4})
     if narrow:
         raise InputError(
-            f"policy: its weights are {', '.join(narrow)}, in which small updates vanish. Load it in float32, or call "
-            'policy.float(); precision="bfloat16" still computes in bfloat16.'
+            f"{setting}: its weights are {', '.join(narrow)}, in which small updates vanish. Load it in float32, or call "
+            f'{setting}.float(); precision="bfloat16" still computes in bfloat16.'
         )
 
 

@@ -41,7 +41,7 @@ class Policy(nn.Module):
         self.lm = lm
         self.adapters = adapters
         self.temperature = temperature
-        anatomy = anatomy_of(lm)
+        anatomy = anatomy_of(lm.eval())
         self.chunk_tokens = max(1, LOGITS_AT_ONCE // lm.config.get_text_config().vocab_size)
         self._own_forward = not anatomy.plain_head
         self.critic = None if critic is None else _critic(critic, lm, anatomy.width, adapters)

@@ -1,5 +1,6 @@
 """Hidden states of a transformers model at the places where tokens are predicted and states are valued."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,38 +40,33 @@ def anatomy_of(lm: PreTrainedModel) -> Anatomy:
     """
     seen: dict[str, Tensor] = {}
 
-    def body(module: Any, arguments: Any, output: Any) -> None:
-        seen["states"] = output.last_hidden_state
-
     def head(module: Any, arguments: Any, output: Tensor) -> Tensor:
         seen["input"] = arguments[0]
         seen["ramp"] = torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output.dtype)
         return seen["ramp"]
 
     embedding = lm.get_output_embeddings()
-    hooks = [lm.base_model.register_forward_hook(body)]
-    if embedding is not None:
-        hooks.append(embedding.register_forward_hook(head))
+    hook = (
+        nullcontext() if embedding is None else embedding.register_forward_hook(head)
+    )  # also a context, which ends it
     ids = torch.zeros(1, 2, dtype=torch.int64, device=lm.device)
     mixed = len({p.dtype for p in lm.parameters() if p.is_floating_point()}) > 1  # such a model computes under autocast
     try:
-        with torch.autocast(lm.device.type, dtype=torch.bfloat16, enabled=mixed):
+        with hook, torch.autocast(lm.device.type, dtype=torch.bfloat16, enabled=mixed):
             logits = lm(input_ids=ids, use_cache=False).logits
+            states = getattr(lm.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     except Exception as error:
         raise InputError(
             f"policy: {type(lm).__name__} cannot be run on plain token ids ({type(error).__name__}: {error}). Use a causal "
             "language model of transformers."
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if "states" not in seen:
+    if states is None:
         raise InputError(
             f"policy: {type(lm).__name__} has no body that gives hidden states. Use a causal language model."
         )
     plain = (
         "input" in seen
-        and torch.equal(seen["input"], seen["states"])
+        and torch.equal(seen["input"], states)
         and torch.equal(logits.to(seen["ramp"].dtype), seen["ramp"])
     )
-    return Anatomy(width=seen["states"].shape[-1], plain_head=plain)
+    return Anatomy(width=states.shape[-1], plain_head=plain)

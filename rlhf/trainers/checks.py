@@ -7,8 +7,11 @@ from transformers import PreTrainedModel
 
 from rlhf.data.prompts import PromptDataset
 from rlhf.errors import InputError
-from rlhf.models.loading import check_precision, check_vocabulary, end_tokens
+from rlhf.models.critic import ModelCritic
+from rlhf.models.loading import check_precision, check_vocabulary, end_tokens, vocabulary_size
+from rlhf.models.policy import Policy
 from rlhf.rewards.combine import Rewards
+from rlhf.rewards.model import RewardModel
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.trainers.config import TrainerConfig
@@ -51,12 +54,38 @@ def check_model(lm: PreTrainedModel, tokenizer: Any, config: TrainerConfig, *dat
     check_vocabulary(lm, tokenizer)
     check_precision(lm)
     end_tokens(lm, tokenizer.eos_token_id)
+    _check_positions(lm, "policy", config, *data)
+
+
+def check_critic(
+    policy: Policy, tokenizer: Any, config: TrainerConfig, rewards: Rewards, *data: PromptDataset | None
+) -> None:
+    """InputError if the critic is a model of its own that cannot value these prompts, or that also gives the rewards."""
+    if not isinstance(policy.critic, ModelCritic):
+        return
+    model = policy.critic.model
+    if vocabulary_size(model) < len(tokenizer):
+        raise InputError(
+            f"critic: it embeds {vocabulary_size(model)} tokens, but the policy's tokenizer has {len(tokenizer)}, and the "
+            "critic reads the policy's tokens. Give a model with the policy's vocabulary."
+        )
+    _check_positions(model, "critic", config, *data)
+    trained = {id(parameter) for parameter in model.parameters()}
+    for function in rewards.functions:
+        if isinstance(function, RewardModel) and any(id(p) in trained for p in function.model.parameters()):
+            raise InputError(
+                f"critic: it is the reward model {function.name!r} itself, whose scores training would change. Give a copy "
+                "of it, or its path."
+            )
+
+
+def _check_positions(lm: PreTrainedModel, setting: str, config: TrainerConfig, *data: PromptDataset | None) -> None:
     longest = max(prompts.longest for prompts in data if prompts) + config.generation.max_new_tokens
     limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise InputError(
             f"generation.max_new_tokens={config.generation.max_new_tokens}: with the longest prompt that makes "
-            f"{longest} tokens, but the policy has positions for {limit}. Lower it or max_prompt_tokens."
+            f"{longest} tokens, but the {setting} has positions for {limit}. Lower it or max_prompt_tokens."
         )
 
 

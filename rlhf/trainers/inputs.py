@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -81,6 +82,11 @@ def model_of(
         policy = load_causal_lm(policy, dtype=(frozen or torch.float32) if has_base else torch.float32)
     lm, adapters = adapted(policy, peft_config, seed=config.seed)
     if adapters is not None and frozen is not None:
+        if config.precision == "float32" and adapters.config.modules_to_save:
+            raise InputError(
+                "frozen_precision=bfloat16: modules_to_save are trained in float32 and cannot compute beside it. Set "
+                "precision to bfloat16 too, or frozen_precision to float32."
+            )
         adapters.cast_base(frozen)
     return lm, adapters
 
@@ -93,7 +99,10 @@ def reference_of(policy: Policy, reference: str | PreTrainedModel | None, config
         return FrozenReference(adapted(lm)[0], temperature=temperature, dtype=dtype)
     if reference is None and policy.adapters is not None:
         return AdapterReference(policy)
-    return frozen_copy(policy.lm if reference is None else reference, temperature=temperature, dtype=dtype)
+    given: Any = policy.lm if reference is None else reference
+    if hasattr(given, "get_base_model"):
+        given = given.get_base_model()  # its adapter stays on
+    return frozen_copy(given, temperature=temperature, dtype=dtype)
 
 
 def adamw(config: TrainerConfig, policy: Module) -> torch.optim.Optimizer:
@@ -116,12 +125,24 @@ def adamw(config: TrainerConfig, policy: Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-5, weight_decay=config.weight_decay)
 
 
-def critic_of(critic: CriticChoice | None, algorithm: Algorithm, adapters: Adapters | None) -> CriticChoice | None:
-    """The critic to make: the one asked for, by default a value head, or none if the algorithm needs no values."""
+def critic_of(
+    critic: CriticChoice | None, algorithm: Algorithm, adapters: Adapters | None, tokenizer: PreTrainedTokenizerBase
+) -> CriticChoice | None:
+    """The critic to make: the one asked for, by default a value head, or none if the algorithm needs no values.
+
+    tokenizer: the policy's. InputError if the folder of a critic has one in which the tokens are others.
+    """
     if "values" not in algorithm.needs:
         if critic is not None:
-            raise InputError(f"critic={critic!r}: {type(algorithm).__name__} learns without values. Leave it out.")
+            raise InputError(f"critic: {type(algorithm).__name__} learns without values. Leave it out.")
         return None
     if critic == "adapter" and adapters is None:
         raise InputError('critic="adapter" is an adapter of the policy\'s base: give peft_config (--lora.r) too.')
+    if isinstance(critic, str) and critic != "head" and (Path(critic).expanduser() / "tokenizer_config.json").is_file():
+        own = load_tokenizer(critic, setting="critic").get_vocab()
+        if not tokenizer.get_vocab().items() <= own.items():
+            raise InputError(
+                f"critic: {critic} has another vocabulary than the policy, whose tokens it would read. Give a model "
+                "with the policy's tokenizer."
+            )
     return "head" if critic is None else critic

@@ -27,7 +27,14 @@ from rlhf.runs.callbacks import Callback
 from rlhf.runs.metrics import check_metrics
 from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
-from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards, engine_note
+from rlhf.trainers.checks import (
+    agreement_with,
+    check_batch_sizes,
+    check_critic,
+    check_model,
+    check_rewards,
+    engine_note,
+)
 from rlhf.trainers.config import TrainerConfig
 from rlhf.trainers.inputs import (
     Reward,
@@ -82,7 +89,7 @@ class Trainer:
             eval_dataset: held-out prompts, in the same forms as `dataset`.
             reference: the reference policy; by default a frozen copy of `policy` as it is now, or the base of its adapter.
             critic: "head" (a value head, the default of PPO), "adapter" (of the policy's base), or a model of its own: a
-                causal LM or reward model, or its path.
+                reward model, which is trained in place, or the path of one or of a causal LM.
             peft_config: a `peft.LoraConfig`: train a new adapter instead of all weights.
             callbacks: notified of the run's start, steps, evaluations and end.
             engine: samples the completions; by default the policy itself, in this process. The caller closes it.
@@ -113,7 +120,7 @@ class Trainer:
         self._check_rewards()
         lm, adapters = model_of(policy, config, peft_config)
         check_model(lm, self.tokenizer, config, self.data, self.eval_data)
-        self._make_models(lm, adapters, reference, critic_of(critic, self.algorithm, adapters), engine)
+        self._make_models(lm, adapters, reference, critic_of(critic, self.algorithm, adapters, self.tokenizer), engine)
         prompts = self._make_source()
         self.source: Source = self._wrapped(prompts) if source is None else source(prompts)
         self.run = Run(
@@ -141,6 +148,7 @@ class Trainer:
         distributed = self.distributed
         generation = config.generation
         self.policy = Policy(lm, temperature=generation.temperature, critic=critic, adapters=adapters)
+        check_critic(self.policy, self.tokenizer, config, self.rewards, self.data, self.eval_data)
         self.reference: Reference | None = None
         if "reference" in self.algorithm.needs:
             self.reference = reference_of(self.policy, reference, config)

@@ -230,11 +230,7 @@ def _fill(tokens: list[int], rows: range, limit: int) -> list[list[int]]:
 
 def values_only(batch: TrainingBatch) -> TrainingBatch:
     """The batch with weight 0 in every loss term but the value function's."""
-    weightings = {
-        name: weighting if name == "value" else Weighting(weighting.weight * 0, weighting.count)
-        for name, weighting in batch.weightings.items()
-    }
-    return replace(batch, weightings=weightings)
+    return replace(batch, weightings=weightless(batch).weightings | {"value": batch.weightings["value"]})
 
 
 def weightless(batch: TrainingBatch) -> TrainingBatch:

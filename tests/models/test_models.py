@@ -111,6 +111,7 @@ TRANSFORMED = {
     "nanochat": {"final_logit_softcapping": 2.0},
     "phi": {},  # a bias in the output layer
     "gpt_neox": {},  # an output layer of another name
+    "opt": {"ffn_dim": 24},  # does not call its own body, but a part of that
 }
 
 
@@ -127,6 +128,12 @@ def test_models_whose_logits_are_more_than_the_output_layer_are_scored_by_their_
     policy = Policy(lm, temperature=TEMPERATURE, critic="head")
     # transformers computes parts of these (norms, soft caps) in float32 whatever the weights are
     assert_rows_match(policy, forward(policy, PROMPTS, COMPLETIONS), PROMPTS, COMPLETIONS, 2048 * EPS)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_plain_output_layer_is_known_as_such_also_if_the_model_comes_in_training_mode(family):
+    """Then logits are made in chunks, and not by a second forward of the whole model."""
+    assert not Policy(tiny.causal_lm(family, dropout=0.5).train())._own_forward
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
