@@ -152,7 +152,8 @@ def train(recipe: PPORecipe) -> None:
         hand_over(engine, policy.weights, run.step)
         lines = description(config, policy, prompts, held_out, rewards.names, distributed, completions_per_prompt=1)
         models = (policy, reference, list(reward_models(rewards)))
-        lines += memory_lines(config, ppo, *models, distributed, prompt_tokens=prompts.longest)
+        sizes = {"prompt_tokens": prompts.longest, "held_out": 0 if held_out is None else len(held_out)}
+        lines += memory_lines(config, ppo, *models, distributed, **sizes)
         run.say(*lines, note, *learner.adapted)
 
         first = run.step

@@ -90,7 +90,7 @@ _SHARED = {f.name for f in fields(_Asked)}
 _KINDS: list[tuple[Any, set[str]]] = [(PPOPlan, _SHARED - {"critic"}), (GRPOPlan, _SHARED - {"preset"})]
 
 
-def read(arguments: Sequence[str]) -> tuple[TrainerConfig, PPO | GRPO, Models, Machine]:
+def read(arguments: Sequence[str]) -> tuple[Any, PPO | GRPO, Models, Machine]:
     """What to plan, from the command line."""
     kind = kind_of(arguments)
     asked: Any = parse(kind, arguments, description=__doc__)
@@ -129,6 +129,11 @@ def read(arguments: Sequence[str]) -> tuple[TrainerConfig, PPO | GRPO, Models, M
     return asked, algorithm, models, machine
 
 
+def held_out(asked: Any) -> int:
+    """How many prompts to evaluate on: so many that memory does not depend on it, if there are any."""
+    return asked.processes * asked.generation.completions_at_once if asked.eval_dataset else 0
+
+
 def _config(name: str, setting: str) -> Any:
     try:
         return load_model(AutoConfig, name, setting, local_files_only=True)
@@ -155,9 +160,10 @@ def table(found: Plan) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     asked = read(sys.argv[1:] if arguments is None else arguments)
-    found = plan(*asked)
+    prompts = held_out(asked[0])
+    found = plan(*asked, held_out=prompts)
     print(table(found))
-    print(*lines(found, advice(*asked)), sep="\n")
+    print(*lines(found, advice(*asked, held_out=prompts)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -102,14 +102,23 @@ class Plan:
 
 
 def plan(
-    config: TrainerConfig, algorithm: Algorithm, models: Models, machine: Machine, *, prompt_tokens: int | None = None
+    config: TrainerConfig,
+    algorithm: Algorithm,
+    models: Models,
+    machine: Machine,
+    *,
+    prompt_tokens: int | None = None,
+    held_out: int = 0,
 ) -> Plan:
-    """prompt_tokens: length of the longest prompt; default: the most that `config` allows."""
-    rows = tuple(_rows(config, algorithm, models, machine, prompt_tokens or config.max_prompt_tokens))
+    """prompt_tokens: length of the longest prompt; default: the most that `config` allows. held_out: number of prompts to
+    evaluate on; they share no prefill, and so may take more memory than the prompts of a step."""
+    rows = tuple(_rows(config, algorithm, models, machine, prompt_tokens or config.max_prompt_tokens, held_out))
     return Plan(tuple(row for row in rows if row.bytes), machine.memory)
 
 
-def _rows(config: TrainerConfig, algorithm: Algorithm, models: Models, machine: Machine, prompt: int) -> Iterator[Row]:
+def _rows(
+    config: TrainerConfig, algorithm: Algorithm, models: Models, machine: Machine, prompt: int, held_out: int
+) -> Iterator[Row]:
     fast = torch.bfloat16 if config.precision == "bfloat16" else None
     shape = Shape(
         config=models.policy,
@@ -150,14 +159,16 @@ def _rows(config: TrainerConfig, algorithm: Algorithm, models: Models, machine: 
         scored = scored + transients(other, "scoring", rows, prompt, new, values=False)
     types = [(found, dtype or _saved_type(found)) for found, dtype in models.rewards]
     yield Row("reward models", sum(reward_weights(*reward) for reward in types) // shards)
-    at_once = min(prompts * copies, max(1, REWARD_TOKENS // width))
-    judged = [Transient(0, reward_forward(*reward, at_once, width)) for reward in types]
+    judged_at_once = min(prompts * copies, max(1, REWARD_TOKENS // width))
+    judged = [Transient(0, reward_forward(*reward, judged_at_once, width)) for reward in types]
 
-    groups = min(prompts, max(1, config.generation.completions_at_once // copies))
+    at_once = config.generation.completions_at_once
+    batches = {(min(prompts, max(1, at_once // copies)), copies), (min(at_once, -(-held_out // machine.processes)), 1)}
     sample = partial(transients, shape, "sampling", temperature=config.generation.temperature)
-    prefill, decode = sample(groups, copies, prompt, new)
-    yield Row("KV cache and casts", decode.kept, "sampling")
-    yield Row("prefill, logits and draws", max(prefill.peak, decode.peak) - decode.kept, "sampling")
+    sampled = [sample(groups, size, prompt, new) for groups, size in batches if groups]
+    most = max(sampled, key=lambda found: max(t.peak for t in found))
+    yield Row("KV cache and casts", most[1].kept, "sampling")
+    yield Row("prefill, logits and draws", max(t.peak for t in most) - most[1].kept, "sampling")
     yield Row("forwards without gradients", max(t.peak for t in scored + judged), "scoring")
     size = (config.update.minibatch_size or config.prompts_per_step * copies) // machine.processes
     update = (min(per_microbatch, max(1, size)), prompt, new)
@@ -311,6 +322,7 @@ def memory_lines(
     distributed: Any,
     *,
     prompt_tokens: int,
+    held_out: int,
 ) -> list[str]:
     """What a run that has been built prints; nothing if its models are small beside the machine, and never an error."""
     try:
@@ -319,7 +331,7 @@ def memory_lines(
             return []
         arguments = (config, algorithm, models_of(policy, reference, rewards), machine)
         with torch.random.fork_rng():
-            found = plan(*arguments, prompt_tokens=prompt_tokens)
-            return lines(found, advice(*arguments, prompt_tokens=prompt_tokens))
+            options: dict[str, Any] = {"prompt_tokens": prompt_tokens, "held_out": held_out}
+            return lines(plan(*arguments, **options), advice(*arguments, **options))
     except Exception as error:  # a plan is a help, and must not end a run that might have worked
         return [f"memory: cannot be planned for this model ({type(error).__name__}: {error})"]

@@ -312,7 +312,8 @@ class Trainer:
     def _memory(self) -> list[str]:
         """Lines about the memory that the run will need."""
         models = (self.policy, self.reference, list(reward_models(self.rewards)))
-        return memory_lines(self.config, self.algorithm, *models, self.distributed, prompt_tokens=self.data.longest)
+        sizes = {"prompt_tokens": self.data.longest, "held_out": len(self.eval_data) if self.eval_data else 0}
+        return memory_lines(self.config, self.algorithm, *models, self.distributed, **sizes)
 
     def _require_untrained(self) -> None:
         if self.learner.has_learnt:
