@@ -46,7 +46,8 @@ from rlhf.runs.run import Run
 from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_critic, check_model, check_rewards
 from rlhf.trainers.config import PPOTrainerConfig
 from rlhf.trainers.inputs import adamw, critic_of, model_of, prompts_of, reference_of, reward_of
-from rlhf.trainers.placing import gathered, place
+from rlhf.trainers.placing import gathered, place, reward_models
+from rlhf.trainers.plan import memory_lines
 from rlhf.trainers.report import MUST_MATCH, POLICY_FOLDERS, description, first_check, identity
 from rlhf.training.learner import Learner
 
@@ -156,6 +157,9 @@ def train(recipe: PPORecipe) -> None:
         run.restore({"learner": learner, "source": source})
         hand_over(engine, policy.weights, run.step)
         lines = description(config, policy, prompts, held_out, rewards.names, distributed, completions_per_prompt=1)
+        models = (policy, reference, list(reward_models(rewards)))
+        sizes = {"prompt_tokens": prompts.longest, "held_out": 0 if held_out is None else len(held_out)}
+        lines += memory_lines(config, ppo, *models, distributed, **sizes)
         run.say(*lines, note, *learner.adapted)
 
         first = run.step

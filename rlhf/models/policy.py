@@ -12,7 +12,7 @@ from rlhf.core.logprobs import entropy, logprobs_and_entropy, token_logprobs
 from rlhf.models.adapters import Adapters, adapted
 from rlhf.models.critic import AdapterCritic, Critic, CriticChoice, HeadCritic, ModelCritic, load_critic
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.states import anatomy_of, at, states_before
+from rlhf.models.states import Anatomy, anatomy_of, at, states_before
 from rlhf.training.weights import named_tensors
 from rlhf.types import Inputs, PolicyOutputs
 
@@ -35,13 +35,16 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         critic: CriticChoice | None = None,
         adapters: Adapters | None = None,
+        anatomy: Anatomy | None = None,
     ) -> None:
-        """adapters: those in `lm`. Raises InputError if `lm` is no causal LM, or the critic does not fit it."""
+        """adapters: those in `lm`. anatomy: if it is known; else `lm` is run on two tokens. Raises InputError if `lm` is no
+        causal LM, or the critic does not fit it."""
         super().__init__()
         self.lm = lm
         self.adapters = adapters
         self.temperature = temperature
-        anatomy = anatomy_of(lm.eval())
+        lm.eval()
+        anatomy = anatomy or anatomy_of(lm)
         self.chunk_tokens = max(1, LOGITS_AT_ONCE // lm.config.get_text_config().vocab_size)
         self._own_forward = not anatomy.plain_head
         self.critic = None if critic is None else _critic(critic, lm, anatomy.width, adapters)

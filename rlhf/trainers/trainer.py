@@ -48,7 +48,8 @@ from rlhf.trainers.inputs import (
     reward_of,
     tokenizer_of,
 )
-from rlhf.trainers.placing import gathered, place
+from rlhf.trainers.placing import gathered, place, reward_models
+from rlhf.trainers.plan import memory_lines
 from rlhf.trainers.report import MUST_MATCH, POLICY_FOLDERS, description, first_check, identity
 from rlhf.training.learner import Learner
 from rlhf.training.source import Source, check_samples
@@ -314,10 +315,17 @@ class Trainer:
             hand_over(self.engine, self.policy.weights, self.step)
             about = (self.config, self.policy, self.data, self.eval_data, self.rewards.names, self.distributed)
             lines = description(*about, completions_per_prompt=self.algorithm.completions_per_prompt)
+            lines += self._memory()
             self.run.say(*lines, self._note, engine_note(self.engine), *self.learner.adapted)
         except BaseException:
             self.run.close()  # a refused run does not keep the directory locked
             raise
+
+    def _memory(self) -> list[str]:
+        """Lines about the memory that the run will need."""
+        models = (self.policy, self.reference, list(reward_models(self.rewards)))
+        sizes = {"prompt_tokens": self.data.longest, "held_out": len(self.eval_data) if self.eval_data else 0}
+        return memory_lines(self.config, self.algorithm, *models, self.distributed, **sizes)
 
     def _require_untrained(self) -> None:
         if self.learner.has_learnt:
