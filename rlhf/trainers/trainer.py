@@ -27,7 +27,14 @@ from rlhf.runs.callbacks import Callback
 from rlhf.runs.metrics import check_names
 from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
-from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_model, check_rewards, engine_note
+from rlhf.trainers.checks import (
+    agreement_with,
+    check_batch_sizes,
+    check_model,
+    check_rewards,
+    check_sampling,
+    engine_note,
+)
 from rlhf.trainers.config import TrainerConfig
 from rlhf.trainers.inputs import (
     Reward,
@@ -144,6 +151,7 @@ class Trainer:
         place(self.policy, self.reference, self.rewards, config, distributed)
         at_once = generation.completions_at_once
         self.engine = engine or InProcessEngine(self.policy, distributed, completions_at_once=at_once)
+        check_sampling(self.engine)
         self.learner = Learner(
             self.policy,
             self.algorithm,
