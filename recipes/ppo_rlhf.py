@@ -43,7 +43,14 @@ from rlhf.rollout.sampled import with_advantages
 from rlhf.rollout.scoring import Scorer
 from rlhf.runs.reporting import StepBar
 from rlhf.runs.run import Run
-from rlhf.trainers.checks import agreement_with, check_batch_sizes, check_critic, check_model, check_rewards
+from rlhf.trainers.checks import (
+    agreement_with,
+    check_batch_sizes,
+    check_critic,
+    check_model,
+    check_rewards,
+    check_sampling,
+)
 from rlhf.trainers.config import PPOTrainerConfig
 from rlhf.trainers.inputs import adamw, critic_of, model_of, prompts_of, reference_of, reward_of
 from rlhf.trainers.placing import gathered, place, reward_models
@@ -103,6 +110,7 @@ def train(recipe: PPORecipe) -> None:
 
     # The source: the engine completes prompts, the rewards score the completions, the scorer adds log-probs and values.
     engine = InProcessEngine(policy, distributed, completions_at_once=config.generation.completions_at_once)
+    check_sampling(engine)
     sampler = Sampler(
         engine=engine,
         rewards=rewards,

@@ -109,9 +109,17 @@ class Adapters:
         check_lora(config)
         try:
             with _new_weights(seed):
-                return cls(get_peft_model(lm, deepcopy(config)), seed=seed)  # peft writes into the settings
+                config = deepcopy(config)  # peft writes into the settings
+                model = get_peft_model(lm, config)
         except ValueError as error:
             raise InputError(f"peft_config does not fit {type(lm).__name__}: {error}") from error
+        if config.target_parameters:  # peft has rewritten the settings
+            raise InputError(
+                f"peft_config: target_modules takes in experts, which {type(lm).__name__} holds as parameters of several "
+                f"experts at once ({', '.join(sorted(config.target_parameters))}), not as linear layers. Name the layers "
+                "outside of the experts, such as target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']."
+            )
+        return cls(model, seed=seed)
 
     def _check_saved(self) -> None:
         """Raise InputError if a name in modules_to_save fits nothing, at which peft is silent."""

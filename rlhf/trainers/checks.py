@@ -3,16 +3,20 @@
 import math
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from rlhf.core.random import SAMPLING
 from rlhf.data.prompts import PromptDataset
 from rlhf.errors import InputError
 from rlhf.models.critic import ModelCritic
 from rlhf.models.loading import check_precision, check_vocabulary, end_tokens, vocabulary_size
 from rlhf.models.policy import Policy
+from rlhf.models.states import some_tokens
 from rlhf.rewards.combine import Rewards
 from rlhf.rewards.model import RewardModel
-from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.engine import Completion, Key, Request, RolloutEngine, Sampling
+from rlhf.rollout.episode import pack, single_turn
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.trainers.config import TrainerConfig
 from rlhf.training.sampler import Agreement
@@ -81,12 +85,73 @@ def check_critic(
 
 def _check_positions(lm: PreTrainedModel, setting: str, config: TrainerConfig, *data: PromptDataset | None) -> None:
     longest = max(prompts.longest for prompts in data if prompts) + config.generation.max_new_tokens
-    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest > limit:
+    limit = _positions(lm)
+    if longest > limit:
         raise InputError(
             f"generation.max_new_tokens={config.generation.max_new_tokens}: with the longest prompt that makes "
             f"{longest} tokens, but the {setting} has positions for {limit}. Lower it or max_prompt_tokens."
         )
+
+
+def _positions(lm: PreTrainedModel) -> float:
+    """The longest sequence that the model's configuration allows. MPT and DBRX name it max_seq_len."""
+    text = lm.config.get_text_config()
+    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((limit for limit in limits if limit is not None), math.inf)
+
+
+@torch.no_grad()
+def check_sampling(engine: RolloutEngine) -> None:
+    """InputError unless the policy samples what it is trained on: a few tokens, sampled with its cache and scored without.
+
+    Prompts of unequal length, two completions of each, and rows that end early: whatever a model does with padding,
+    positions and its cache shows here, before there is a rollout. Nothing is drawn from a generator or kept. Engines other
+    than the policy itself are checked in each step alone, and so is a policy whose weights are in shards already, or that
+    has positions for fewer tokens than this takes.
+    """
+    if not isinstance(engine, InProcessEngine) or any(hasattr(p, "full_tensor") for p in engine.policy.parameters()):
+        return
+    policy = engine.policy
+    if _positions(policy.lm) < 9:
+        return
+    name = type(policy.lm).__name__
+    ids = some_tokens(policy.lm, 6).tolist()
+    requests = [
+        Request(prompt, Key(0, SAMPLING, 0, slot, copy), max_new_tokens=3 - copy)
+        for slot, prompt in enumerate((ids, ids[:2], ids[3:]))
+        for copy in range(2)
+    ]
+    sampling = Sampling(max_new_tokens=3, temperature=policy.temperature, end_ids=())
+    try:
+        completions = [future.result() for future in engine.submit(requests, sampling)]
+        gaps = _gaps(engine, requests, completions)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"policy: {name} cannot sample with a cache of keys and values ({type(error).__name__}: {error}). "
+            f"{_OTHER_MODEL}"
+        ) from error
+    gap = gaps.max().item() if engine.promises.exact else gaps.mean().item()
+    if not gap < engine.promises.logprob_gap:
+        raise InputError(
+            f"policy: {name} samples with other log-probs than it is trained on: with a cache and padded prompts they "
+            f"differ by {gap:.3g} nats from those of the whole sequence, and {engine.promises.logprob_gap:g} is allowed. "
+            f"{_OTHER_MODEL}"
+        )
+
+
+_OTHER_MODEL = (
+    "Use another model with attention in every layer, or another attn_implementation, dtype or version of it."
+)
+
+
+def _gaps(engine: InProcessEngine, requests: list[Request], completions: list[Completion]) -> torch.Tensor:
+    """How far the log-probs of sampling are from those of the training forward, token by token."""
+    packed = pack([single_turn(r.ids, c) for r, c in zip(requests, completions, strict=True)], engine.policy.lm.device)
+    with engine.distributed.autocast():
+        scored = engine.policy(packed.inputs, packed.actions).logprobs
+    return (scored - packed.sampling_logprobs)[packed.mask].abs()
 
 
 def engine_note(engine: RolloutEngine) -> str | None:

@@ -1,5 +1,6 @@
 """Puts the models of a run where they belong: on the device, and spread over the processes."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,7 +38,12 @@ def gathered(policy: Policy, rewards: Rewards, distributed: Distributed, models:
     """Context in which this process holds all weights of the "policy" or of the "rewards", see `Sampler.gathered`."""
     if models == "policy":
         return distributed.layout.inference(policy, gather=True)
-    judges: list[Module] = [function.model for function in rewards.functions if isinstance(function, RewardModel)]
+    judges = list(reward_models(rewards))
     own = [judge for judge in judges if not isinstance(judge, AdapterScores)]
     shared = [policy] if len(own) < len(judges) else []
     return distributed.layout.inference(*shared, *own, gather=True)
+
+
+def reward_models(rewards: Rewards) -> Iterator[Module]:
+    """The models among the rewards."""
+    return (function.model for function in rewards.functions if isinstance(function, RewardModel))

@@ -33,6 +33,7 @@ from rlhf.trainers.checks import (
     check_critic,
     check_model,
     check_rewards,
+    check_sampling,
     engine_note,
 )
 from rlhf.trainers.config import TrainerConfig
@@ -156,6 +157,7 @@ class Trainer:
         place(self.policy, self.reference, self.rewards, config, distributed)
         at_once = generation.completions_at_once
         self.engine = engine or InProcessEngine(self.policy, distributed, completions_at_once=at_once)
+        check_sampling(self.engine)
         self.learner = Learner(
             self.policy,
             self.algorithm,
