@@ -52,9 +52,13 @@ class Policy(nn.Module):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Copies of the language model's weights by name, for an engine; made one at a time."""
+        tensors = named_tensors(self.lm)
         if self.adapters is not None:
-            return iter(self.adapters.merged({k: t.clone() for k, t in named_tensors(self.lm).items()}).items())
-        return ((name, tensor.detach().clone()) for name, tensor in named_tensors(self.lm).items())
+            merged = self.adapters.merged({name: whole(tensor) for name, tensor in self.lm.state_dict().items()})
+            tied: Any = getattr(self.lm, "_tied_weights_keys", None) or {}
+            twice = {a for a in tied if a in merged and torch.equal(merged[a], merged.get(tied[a], merged[a]))}
+            tensors = {name: tensor for name, tensor in merged.items() if name not in twice}
+        return ((name, whole(tensor).detach().clone()) for name, tensor in tensors.items())
 
     def forward(
         self, inputs: Inputs, actions: Tensor, *, with_values: bool = False, with_entropy: bool = False
@@ -97,6 +101,11 @@ class Policy(nn.Module):
     def train(self, mode: bool = True) -> "Policy":
         """Does nothing: the policy stays in eval mode, see the class."""
         return super().train(False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The complete tensor, also if each process holds a share of it; all processes then call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def load_policy(path: str, *, temperature: float = 1.0, setting: str = "policy") -> Policy:

@@ -25,7 +25,7 @@ from rlhf.runs.files import beside, disk_errors, flush_directory, fsync
 from rlhf.runs.shards import StoredTensors, groups_of, write_whole
 
 MANIFEST, STATE_FILE = "MANIFEST.json", "state.json"
-FORMAT = {"format": "rlhf-toolkit checkpoint", "version": 2}
+FORMAT = {"format": "rlhf-toolkit checkpoint", "version": 3}
 ANOTHER = "Resume from another checkpoint."
 STEP_NAME = re.compile(r"step-(\d{6,})")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
