@@ -192,8 +192,10 @@ class Adapters:
 
     def add_adapter(self, name: str) -> None:
         """Add the trained adapter `name`, with the settings of the policy's adapter and no effect yet."""
+        config = deepcopy(self.config)
+        config.modules_to_save = None  # such as the output, of which values make no use
         with _new_weights(self.seed + 1):
-            self.model.add_adapter(name, self.config)
+            self.model.add_adapter(name, config)
         self._added()
 
     def _added(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import InputError
+from rlhf.models.loading import vocabulary_size
 
 
 def states_before(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def anatomy_of(lm: PreTrainedModel) -> Anatomy:
 def some_tokens(lm: PreTrainedModel, count: int) -> Tensor:
     """`count` token ids from all over the vocabulary, without the pad token, whose embedding is often 0: (count,)."""
     embedding: Any = lm.get_input_embeddings()
-    size = int(embedding.num_embeddings)
+    size = vocabulary_size(lm)
     unused = {getattr(embedding, "padding_idx", None), lm.config.get_text_config().pad_token_id}
     ids = [token for token in range(size) if token not in unused] or [0]
     return torch.tensor([ids[(2 * i + 1) * len(ids) // (2 * count)] for i in range(count)], device=lm.device)
