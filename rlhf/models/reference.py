@@ -1,6 +1,7 @@
 """The reference policy, from which the KL penalty keeps the policy close: a frozen copy, or the base of its adapters."""
 
 from copy import deepcopy
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ class Reference(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells reference policies apart."""
+        """Tells reference policies apart. Ask for it first on the device, where it is fast, while the tensors are whole."""
         ...
 
     @property
@@ -39,7 +40,10 @@ class FrozenReference:
         self.module: Policy = Policy(lm, temperature=temperature).requires_grad_(False)
         if dtype is not None:
             self.module.to(dtype)
-        self.fingerprint = fingerprint(self.module)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.module)
 
     def __call__(self, inputs: Inputs, actions: Tensor) -> PolicyOutputs:
         return self.module(inputs, actions)
@@ -57,7 +61,10 @@ class AdapterReference:
         self.adapter = None if policy.adapters.is_fresh else REFERENCE
         if self.adapter is not None:
             policy.adapters.freeze_copy(self.adapter)
-        self.fingerprint = fingerprint(policy, of=lambda p: not p.requires_grad)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.policy, of=lambda parameter: not parameter.requires_grad)
 
     def __call__(self, inputs: Inputs, actions: Tensor) -> PolicyOutputs:
         with self.policy.with_adapter(self.adapter):

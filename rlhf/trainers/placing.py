@@ -25,9 +25,12 @@ def place(
     policy.to(distributed.device)
     if config.gradient_checkpointing:
         recompute_layers(policy)
-    if reference is not None and reference.module is not None:
-        reference.module.to(distributed.device)
-        distributed.layout.freeze(reference.module)
+    if reference is not None:
+        if reference.module is not None:
+            reference.module.to(distributed.device)
+        assert reference.fingerprint  # computed here: on the device, and before the tensors are spread
+        if reference.module is not None:
+            distributed.layout.freeze(reference.module)
     for function in models:
         function.model.to(distributed.device)
     for model in apart:

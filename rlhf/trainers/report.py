@@ -38,9 +38,12 @@ def description(
     """
     completions = config.prompts_per_step * completions_per_prompt
     size = config.update.minibatch_size or completions
+    layout = f"{distributed.layout.name}, " if distributed.world_size > 1 else ""
+    parameters = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     lines = [
-        f"{distributed.world_size} process(es) on {distributed.device.type}, {config.precision}, "
-        f"{sum(p.numel() for p in policy.parameters()):,} parameters, output in {config.output_dir}",
+        f"{distributed.world_size} process(es) on {distributed.device.type}, {layout}{config.precision}, {parameters:,} "
+        f"parameters{'' if trained == parameters else f' ({trained:,} trained)'}, output in {config.output_dir}",
         f"data: {len(data)} prompts ({data.dropped} dropped, {data.truncated} cut), "
         + (f"{len(eval_data)} for evaluation" if eval_data else "none for evaluation"),
         f"batch: {config.prompts_per_step} prompts x {completions_per_prompt} = {completions} completions "
