@@ -94,7 +94,7 @@ def main(out: Path, what: str) -> None:
     else:
         trainer = make_trainer("uneven", out / "failing", calls=[])
         if rank == "1":
-            trainer.rewards.functions[0] = fail
+            trainer.rewards._calls[0].function = fail
         trainer.train()
 
 

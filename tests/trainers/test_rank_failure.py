@@ -223,11 +223,14 @@ def test_a_process_that_is_merely_slow_and_an_error_that_all_catch_end_nothing(j
 def bad_input(rank: int, out: Path, name: str) -> None:
     """Train with the input `name` on process 1, and with good ones on process 0."""
     os.chdir(out)
-    changes = BAD_INPUT[name] if rank == 1 else {}
-    resume = changes.get("resume", False)
+    changes = dict(BAD_INPUT[name]) if rank == 1 else {}
+    resume = changes.pop("resume", False)
+    if callable(reward := changes.get("rewards")):
+        reward.__name__ = "count_target"  # as on process 0: processes with different rewards are refused at the start
     with guard():
         try:
-            make_trainer(Path("run"), **{k: v for k, v in changes.items() if k != "resume"}).train(resume=resume)
+            trainer = make_trainer(Path("run"), reward_timeout_s=3.0, **changes)
+            trainer.train(resume=resume)
         except BaseException as error:
             if not isinstance(error, TrainingError) or "cannot go on alone" not in str(error):
                 Path("struck").write_text(str(time.time()))
@@ -257,7 +260,7 @@ BAD_INPUT = {
     "a score too few": {"rewards": lambda completions, **_: [0.0] * (len(completions) - 1)},
     "no score at all": {"rewards": lambda completions, **_: [None] * len(completions)},
     "a reward that exits": {"rewards": leaves},
-    "a reward that does not return": {"rewards": waits, "reward_timeout_s": 1.0},
+    "a reward that does not return": {"rewards": waits},
     "a model of another size": {"lm": tiny.causal_lm(hidden_size=24)},
 }
 QUICK_INPUT = ("a prompt that is a number", "a score that is NaN")
