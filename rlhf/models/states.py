@@ -77,9 +77,11 @@ def anatomy_of(lm: PreTrainedModel) -> Anatomy:
             if "states" not in seen and part is not lm:  # its forward calls what is inside the body
                 part(input_ids=ids, use_cache=False)
     except Exception as error:
+        remedy = "Use a causal language model of transformers"
+        if lm.dtype == torch.float64:
+            remedy += ", in float32, or with policy.set_experts_implementation('eager') if it has experts"
         raise InputError(
-            f"policy: {type(lm).__name__} cannot be run on plain token ids ({type(error).__name__}: {error}). Use a causal "
-            "language model of transformers."
+            f"policy: {type(lm).__name__} cannot be run on plain token ids ({type(error).__name__}: {error}). {remedy}."
         ) from error
     finally:
         for hook in hooks:
