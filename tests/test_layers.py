@@ -169,8 +169,8 @@ def test_a_circle_is_found():
 
 
 def test_everything_that_samples_goes_through_the_engine():
-    """Of the engine in this process only the class is used, and nobody else samples with a language model; the memory plan's
-    dry run has tensors without storage, and so no tokens."""
+    """Of the engine in this process only the class is used, and nobody else samples with a language model; the memory
+    plan's dry run has tensors without storage, and so no tokens."""
     for name, path in OURS.items():
         tree = ast.parse(path.read_text())
         taken = {
