@@ -169,7 +169,8 @@ def test_a_circle_is_found():
 
 
 def test_everything_that_samples_goes_through_the_engine():
-    """Of the engine in this process only the class is used, and nobody else samples with a language model."""
+    """Of the engine in this process only the class is used, and nobody else samples with a language model; the memory
+    plan's dry run has tensors without storage, and so no tokens."""
     for name, path in OURS.items():
         tree = ast.parse(path.read_text())
         taken = {
@@ -179,7 +180,7 @@ def test_everything_that_samples_goes_through_the_engine():
             for a in n.names
         }
         assert taken <= {"InProcessEngine"}, f"{path}: sample through the engine's submit, not through {taken}"
-        if name not in ("rlhf.rollout.in_process", "benchmarks.trl_sides"):
+        if name not in ("rlhf.rollout.in_process", "rlhf.trainers.dry_run", "benchmarks.trl_sides"):
             called = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} & {"generate", "invert_cdf"}
             names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & {"DynamicCache"}
             assert not called | names, f"{path}: sample through a RolloutEngine, not through {called | names}"

@@ -114,6 +114,17 @@ def test_the_kv_cache_grows_by_the_bytes_that_algebra_and_a_real_cache_say():
     assert long.kept - short.kept == real
 
 
+def test_the_plan_has_the_kv_cache_of_what_a_process_samples_at_once(tmp_path):
+    def cache(new, at_once=256, **machine):
+        generation = GenerationConfig(max_new_tokens=new, completions_at_once=at_once)
+        return sizes(plan(*everything(tmp_path, cpu(**machine), generation=generation)))["KV cache and casts"]
+
+    of_a_token = 2 * LAYERS * 1 * 8 * 4
+    assert cache(NEW + 32) - cache(NEW) == ROWS * 32 * of_a_token
+    assert cache(NEW + 32, at_once=3) - cache(NEW, at_once=3) == 3 * 32 * of_a_token
+    assert cache(NEW + 32, processes=2) - cache(NEW, processes=2) == ROWS // 2 * 32 * of_a_token
+
+
 def saved_bytes(policy, recompute):
     """Bytes that autograd keeps for the backward pass of a real model, weights not counted."""
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
