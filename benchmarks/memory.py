@@ -89,7 +89,7 @@ def trained(what: dict[str, Any]) -> dict[str, Any]:
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
     import rlhf
-    from rlhf.models.adapters import LoRASettings
+    from rlhf.models.lora import LoRASettings
     from rlhf.rewards.model import RewardModel
     from rlhf.trainers.placing import reward_models
     from rlhf.trainers.plan import models_of, plan, this_machine

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import load_rows, prompt_rows
 from rlhf.errors import InputError
-from rlhf.models.adapters import LoRASettings
 from rlhf.models.loading import load_tokenizer
+from rlhf.models.lora import LoRASettings
 from rlhf.rewards.calls import isolated
 from rlhf.rewards.functions import load_reward_function
 from rlhf.trainers.config import TrainerConfig

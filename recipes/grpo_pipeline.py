@@ -15,8 +15,8 @@ from rlhf.core.random import EVALUATION
 from rlhf.data.prompts import PromptDataset
 from rlhf.data.rows import load_rows
 from rlhf.distributed import Distributed
-from rlhf.models.adapters import LoRASettings
 from rlhf.models.loading import end_tokens, load_tokenizer
+from rlhf.models.lora import LoRASettings
 from rlhf.models.policy import load_policy
 from rlhf.rollout.engine import Key, Request, completions_of
 from rlhf.rollout.in_process import InProcessEngine

@@ -17,8 +17,8 @@ from stages import Stages
 from rlhf.data.prompts import PromptDataset
 from rlhf.data.rows import load_rows
 from rlhf.distributed import Distributed
-from rlhf.models.adapters import LoRASettings
 from rlhf.models.loading import end_tokens, load_tokenizer
+from rlhf.models.lora import LoRASettings
 from rlhf.models.policy import load_policy
 from rlhf.models.reference import FrozenReference
 from rlhf.rewards.combine import Rewards

@@ -17,8 +17,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rlhf.data.rows import load_rows
 from rlhf.errors import InputError
-from rlhf.models.adapters import Adapters, LoRASettings
+from rlhf.models.adapters import Adapters
 from rlhf.models.loading import load_tokenizer
+from rlhf.models.lora import LoRASettings
 from rlhf.runs.files import beside, put_in_place
 
 

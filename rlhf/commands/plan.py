@@ -19,8 +19,8 @@ from rlhf.algorithms.ppo import PPO
 from rlhf.algorithms.presets import PRESETS
 from rlhf.commands.cli import guard, parse
 from rlhf.errors import InputError
-from rlhf.models.adapters import LoRASettings
 from rlhf.models.loading import base_of, is_adapter, load_model
+from rlhf.models.lora import LoRASettings
 from rlhf.trainers.config import GRPOTrainerConfig, PPOTrainerConfig, TrainerConfig
 from rlhf.trainers.plan import HELD, PHASES, Machine, Models, Plan, advice, gb, lines, plan, this_machine
 

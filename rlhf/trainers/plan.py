@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from rlhf.algorithms.base import Algorithm
-from rlhf.models.adapters import POLICY, LoRASettings
+from rlhf.models.adapters import POLICY
 from rlhf.models.critic import AdapterCritic, ModelCritic
+from rlhf.models.lora import LoRASettings
 from rlhf.trainers.config import TrainerConfig
 from rlhf.trainers.dry_run import Shape, Transient, reward_forward, reward_weights, transients
 

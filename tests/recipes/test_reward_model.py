@@ -31,7 +31,7 @@ from transformers import (
 
 from rlhf.data.supervised import tokenize_preferences
 from rlhf.errors import InputError
-from rlhf.models.adapters import LoRASettings
+from rlhf.models.lora import LoRASettings
 from rlhf.rewards.model import RewardModel
 from tests.rounding import EPS
 

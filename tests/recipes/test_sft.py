@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rlhf.data.supervised import tokenize_completions
 from rlhf.errors import InputError
-from rlhf.models.adapters import LoRASettings, base_name
+from rlhf.models.adapters import base_name
+from rlhf.models.lora import LoRASettings
 from rlhf.models.policy import load_policy
 from tests.rounding import EPS
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from rlhf import GenerationConfig, PPOConfig, PPOTrainer, PPOTrainerConfig, UpdateConfig
 from rlhf.algorithms.ppo import PPO
-from rlhf.models.adapters import LoRASettings
+from rlhf.models.lora import LoRASettings
 from rlhf.models.policy import Policy
 from rlhf.models.recompute import recompute_layers
 from rlhf.trainers import plan as planning
