@@ -174,7 +174,7 @@ def test_a_policy_of_several_streams_scores_as_its_model_does(family):
 @every_family
 def test_sampling_equals_full_forwards_of_each_row_alone(family):
     """Left padding, a cache, two completions of each prompt, rows that end early: none of it changes a token."""
-    lm, config = model(family), sampling.settings()
+    lm, config = model(family), sampling.settings(temperature=3.0)  # sharp models say the same each time
     pairs = list(zip(sampling.PROMPTS, sampling.SLOTS, strict=True))
     slow = [sampling.slow_completion(lm, p, config, s, copy, sampling.ENDS) for p, s in pairs for copy in range(2)]
     fast = generate(lm, sampling.PROMPTS, config, draws=sampling.draws(), eos_ids=sampling.ENDS, num_completions=2)
