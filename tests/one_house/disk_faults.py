@@ -15,7 +15,7 @@ import pytest
 import transformers.modeling_utils
 
 import rlhf.models.export
-import rlhf.runs.checkpoint
+import rlhf.runs.shards
 
 CODES = {code: getattr(errno, code) for code in ("ENOSPC", "EIO", "EACCES")}
 _EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
@@ -73,7 +73,7 @@ def refusing(folder: Path, at: int | None = None, code: str = "ENOSPC") -> Itera
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", flushed)
         for module, name in (
-            (rlhf.runs.checkpoint, "save_file"),
+            (rlhf.runs.shards, "save_file"),
             (rlhf.models.export, "save_file"),
             (transformers.modeling_utils, "safe_save_file"),
         ):
