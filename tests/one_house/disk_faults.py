@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import transformers.modeling_utils
 
-import rlhf.models.export
+import rlhf.models.adapters
+import rlhf.models.critic
 import rlhf.runs.shards
 
 CODES = {code: getattr(errno, code) for code in ("ENOSPC", "EIO", "EACCES")}
@@ -74,7 +75,8 @@ def refusing(folder: Path, at: int | None = None, code: str = "ENOSPC") -> Itera
         patch.setattr(os, "fsync", flushed)
         for module, name in (
             (rlhf.runs.shards, "save_file"),
-            (rlhf.models.export, "save_file"),
+            (rlhf.models.adapters, "save_file"),
+            (rlhf.models.critic, "save_file"),
             (transformers.modeling_utils, "safe_save_file"),
         ):
             patch.setattr(module, name, writes(getattr(module, name)))
