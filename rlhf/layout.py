@@ -216,6 +216,7 @@ class FullySharded:
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if self.is_main:
                 result[name] = full.cpu()
+            del full  # before the next one is gathered
         return result
 
     def stored(self, named: Mapping[str, Tensor]) -> dict[str, Any]:

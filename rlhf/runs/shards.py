@@ -2,7 +2,7 @@
 
     policy.safetensors                   whole tensors
     policy.00001-of-00002.safetensors    the rows of each tensor that the first of two processes holds; the header says
-                                         which is the first of them
+                                         which is the first of them (of a tensor that it does not name: the whole is here)
 
 No process ever holds more than its own rows and one whole tensor.
 """
@@ -10,6 +10,7 @@ No process ever holds more than its own rows and one whole tensor.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,7 +44,7 @@ def write_whole(folder: Path, group: str, named: Mapping[str, Tensor]) -> Path:
 def write_shards(folder: Path, group: str, named: Stored, rank: int, processes: int) -> Path:
     """Write this process's file of the group. A tensor that is no `Shard` is whole: one process alone has it."""
     file = folder / f"{group}.{rank + 1:05d}-of-{processes:05d}.safetensors"
-    firsts = {name: value.first if isinstance(value, Shard) else 0 for name, value in named.items()}
+    firsts = {name: value.first for name, value in named.items() if isinstance(value, Shard)}
     tensors = {name: value.rows if isinstance(value, Shard) else value for name, value in named.items()}
     save_file(_own_storages(tensors), file, metadata={"first_rows": json.dumps(firsts)})
     return file
@@ -58,42 +59,105 @@ def groups_of(files: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """What one file holds of a tensor."""
+
+    file: Path
+    opened: Any
+    name: str
+    first: int | None
+    """Index of its first row; None: it is the whole tensor."""
+
+    @property
+    def shape(self) -> list[int]:
+        return self.opened.get_slice(self.name).get_shape()
+
+    @property
+    def kind(self) -> tuple[str, list[int]]:
+        """Type, and shape of a row: what all pieces of a tensor have in common."""
+        return self.opened.get_slice(self.name).get_dtype(), self.shape[1:]
+
+    def read(self) -> Tensor:
+        return self.opened.get_tensor(self.name)
+
+
 class StoredTensors(Mapping[str, Tensor]):
     """The whole tensors of a group by name, on the CPU; each is read when it is asked for.
 
-    Raises InputError for files that do not fit together.
+    Raises InputError, before any is read, for files that do not fit together.
     """
 
     def __init__(self, files: Sequence[Path], remedy: str) -> None:
         self._remedy = remedy
-        self._pieces: dict[str, list[tuple[int, Any]]] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        self._refuse(_missing(files))
         for file in files:
             with disk_errors(f"{file} cannot be read", remedy, kind=InputError):
                 opened = safe_open(file, framework="pt")
-                firsts = json.loads((opened.metadata() or {}).get("first_rows", "{}"))
+                firsts = _first_rows(opened)
+                if firsts is None:
+                    return self._refuse(f"{file}: its first_rows are no numbers of rows")
                 for name in opened.keys():  # noqa: SIM118  # it is no mapping
-                    self._pieces.setdefault(name, []).append((int(firsts.get(name, 0)), opened))
-        self._files = [file.name for file in files]
+                    self._pieces.setdefault(name, []).append(_Piece(file, opened, name, firsts.get(name)))
+        for pieces in self._pieces.values():
+            self._refuse(_gap(pieces, files))
+
+    def _refuse(self, problem: str | None) -> None:
+        if problem is not None:
+            raise InputError(f"{problem}. {self._remedy}")
 
     def __getitem__(self, name: str) -> Tensor:
-        parts, end = [], 0
-        for first, opened in sorted(self._pieces[name], key=lambda piece: piece[0]):
-            with disk_errors(f"{', '.join(self._files)} cannot be read", self._remedy, kind=InputError):
-                part = opened.get_tensor(name)
-            if first == end or (part.dim() and not len(part)):
-                parts.append(part)
-                end += len(part) if part.dim() else 1
-            else:
-                raise InputError(
-                    f"{', '.join(self._files)}: rows {end} to {first - 1} of {name} are missing. {self._remedy}"
-                )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        pieces = self._pieces[name]
+        with disk_errors(f"{pieces[0].file} cannot be read", self._remedy, kind=InputError):
+            parts = [piece.read() for piece in pieces]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
 
     def __len__(self) -> int:
         return len(self._pieces)
+
+
+def _missing(files: Sequence[Path]) -> str | None:
+    """What is wrong if these are not all files of one group, in the order of processes."""
+    found = [file.name for file in files]
+    wanted = found[:1]
+    match = FILE.fullmatch(found[0])
+    if match and match["count"]:
+        numbers = range(1, int(match["count"]) + 1)
+        wanted = [f"{match['group']}.{number:05d}-of-{match['count']}.safetensors" for number in numbers]
+    if found == wanted:
+        return None
+    return f"{files[0].parent} has {', '.join(found)}, not one file of each process that wrote the group"
+
+
+def _first_rows(opened: Any) -> dict[str, int] | None:
+    """Name -> index of the first row, of the tensors that are in shards; None if the header is wrong."""
+    try:
+        firsts = json.loads((opened.metadata() or {}).get("first_rows", "{}"))
+    except (ValueError, RecursionError):
+        return None
+    counts = isinstance(firsts, dict) and all(type(first) is int and first >= 0 for first in firsts.values())
+    return firsts if counts else None
+
+
+def _gap(pieces: Sequence[_Piece], files: Sequence[Path]) -> str | None:
+    """What is wrong if these pieces are not the whole tensor: each process has the rows that follow those of the last."""
+    if len(pieces) == 1 and pieces[0].first is None:
+        return None
+    if len(pieces) < len(files):
+        return f"{pieces[0].file}: {pieces[0].name} is not in the files of all processes"
+    end = 0
+    for piece in pieces:
+        if piece.first != end or not piece.shape:
+            found = "the whole of" if piece.first is None else f"row {piece.first} and the following ones of"
+            return f"{piece.file} holds {found} {piece.name}, where row {end} should follow"
+        if piece.kind != pieces[0].kind:
+            return f"{piece.file}: the rows of {piece.name} are of another type or shape than in {pieces[0].file.name}"
+        end += piece.shape[0]
+    return None
 
 
 def _own_storages(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import transformers.modeling_utils
 
-import rlhf.models.export
-import rlhf.runs.checkpoint
+import rlhf.models.adapters
+import rlhf.models.critic
+import rlhf.runs.shards
 
 CODES = {code: getattr(errno, code) for code in ("ENOSPC", "EIO", "EACCES")}
 _EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
@@ -73,8 +74,9 @@ def refusing(folder: Path, at: int | None = None, code: str = "ENOSPC") -> Itera
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", flushed)
         for module, name in (
-            (rlhf.runs.checkpoint, "save_file"),
-            (rlhf.models.export, "save_file"),
+            (rlhf.runs.shards, "save_file"),
+            (rlhf.models.adapters, "save_file"),
+            (rlhf.models.critic, "save_file"),
             (transformers.modeling_utils, "safe_save_file"),
         ):
             patch.setattr(module, name, writes(getattr(module, name)))

@@ -14,6 +14,7 @@ import torch
 
 from rlhf.errors import InputError, TrainingError
 from rlhf.runs import checkpoint as format_module
+from rlhf.runs import shards
 from rlhf.runs.checkpoint import read_checkpoint, write_files
 from rlhf.runs.directory import RunDirectory
 from tests.runs.content import CONFIG, assert_is_exactly, failing, save, state, tensors
@@ -33,7 +34,7 @@ class Faults:
         self.fail = fail or failing(Fault(28, "No space left on device"))
         for name in ("fsync", "rename", "chmod", "unlink", "rmdir", "mkdir"):
             monkeypatch.setattr(os, name, self.wrap(name, getattr(os, name)))
-        monkeypatch.setattr(format_module, "save_file", self.wrap("save_file", format_module.save_file, torn=True))
+        monkeypatch.setattr(shards, "save_file", self.wrap("save_file", shards.save_file, torn=True))
         monkeypatch.setattr(format_module.shutil, "copyfile", self.wrap("copyfile", shutil.copyfile, torn=True))
         monkeypatch.setattr(format_module, "open", self.open, raising=False)
 
