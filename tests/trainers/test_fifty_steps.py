@@ -76,7 +76,7 @@ def runs(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("fifty")
     for algorithm in ALGORITHMS:
         run(algorithm, out / "one" / algorithm)
-    ranks = two(out / "printed", job, out, timeout_s=550)
+    ranks = two(out / "printed", job, out, timeout_s=1500)
     assert [rank.code for rank in ranks] == [0, 0], ranks
     for source in EVERYWHERE:
         go_on(out, source, "one")
