@@ -108,10 +108,10 @@ def test_prompts_go_on_where_the_interrupted_run_was_and_none_comes_twice_in_an_
     assert halves[0].rows + halves[1].rows == calls.rows
 
 
-def main(out: Path, kills: int) -> None:
+def main(out: Path, kills: int, timed: int) -> None:
     """Kills GRPO runs as tests/trainers/test_interruption.py kills PPO's."""
     interruption.make_trainer = make_whole
-    interruption.main(out, kills)
+    interruption.main(out, kills, timed)
 
 
 def test_a_run_killed_at_four_places_and_resumed_leaves_the_same_bytes(whole, tmp_path):
@@ -119,9 +119,9 @@ def test_a_run_killed_at_four_places_and_resumed_leaves_the_same_bytes(whole, tm
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_forty_places_and_resumed_leaves_the_same_bytes(whole, tmp_path):
-    interruption.killed_and_resumed("tests.trainers.test_grpo_resume", tmp_path, 40, whole)
+def test_a_run_killed_at_a_hundred_places_and_twenty_times_and_resumed_leaves_the_same_bytes(whole, tmp_path):
+    interruption.killed_and_resumed("tests.trainers.test_grpo_resume", tmp_path, 100, whole, timed=20)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

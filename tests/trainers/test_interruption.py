@@ -6,9 +6,12 @@ rate that rises and falls, epochs that end within a step, evaluations. This file
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -269,11 +272,11 @@ def test_a_run_is_not_overwritten_unasked_and_is_gone_if_asked(tmp_path, whole):
 
 # --- killed -------------------------------------------------------------------------------------------------------------
 
-PACKAGE = str(Path(rlhf.__file__).parent)
+PACKAGE: str | tuple[str, ...] = str(Path(rlhf.__file__).parent)
 SAVING = ("directory.py", "checkpoint.py", "run.py", "jsonlines.py", "export.py")
 
 
-def in_child(work) -> int:
+def in_child(work, *, kill_after_s: float | None = None) -> int:
     """`work()` in a forked process; how it ended (0, or minus the signal)."""
     child = os.fork()
     if child == 0:
@@ -285,6 +288,9 @@ def in_child(work) -> int:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -307,10 +313,10 @@ def train_or_resume(output_dir: Path) -> None:
     )  # killed before it claimed the directory: nothing to resume
 
 
-def main(out: Path, kills: int) -> None:
+def main(out: Path, kills: int, timed: int = 0) -> None:
     """Kills runs with SIGKILL at `kills` places spread over all calls of this toolkit's functions, half of them in code
-    that writes files, and resumes each; prints one JSON line per place. This process itself never computes anything, so
-    that it can be forked."""
+    that writes files, and at `timed` random times, and resumes each; prints one JSON line per kill. This process itself
+    never computes anything, so that it can be forked."""
     torch.set_num_threads(1)
     calls: list[str] = []
 
@@ -335,17 +341,32 @@ def main(out: Path, kills: int) -> None:
         ended = in_child(lambda directory=directory, die=die: traced(lambda: train_or_resume(directory), die))
         resumed = in_child(lambda directory=directory: train_or_resume(directory))
         print(json.dumps({"place": place, "in": calls[place], "killed": -ended, "resumed": resumed}), flush=True)
+    started = time.monotonic()
+    if timed:
+        assert in_child(lambda: train_or_resume(out / "timed")) == 0
+    seconds, draws = time.monotonic() - started, random.Random(0)
+    for kill in range(kills, kills + timed):
+        after, ended = seconds * draws.random(), 0
+        while ended == 0:  # it was faster this time, and had ended: sooner, from the start
+            directory = out / f"killed-{kill}"
+            shutil.rmtree(directory, ignore_errors=True)
+            ended = in_child(lambda directory=directory: train_or_resume(directory), kill_after_s=after)
+            after *= 0.8
+        resumed = in_child(lambda directory=directory: train_or_resume(directory))
+        print(json.dumps({"seconds": after / 0.8, "killed": -ended, "resumed": resumed}), flush=True)
 
 
-def killed_and_resumed(module: str, out: Path, kills: int, whole: dict[str, bytes]) -> None:
-    """`python -m module out kills` kills the runs, as `main` does; what each leaves is compared with `whole`."""
-    command = [sys.executable, "-m", module, str(out), str(kills)]
+def killed_and_resumed(
+    module: str, out: Path, kills: int, whole: dict[str, bytes], *, timed: int = 0, results=results
+) -> None:
+    """`python -m module out kills timed` kills the runs, as `main` does; what each leaves is compared with `whole`."""
+    command = [sys.executable, "-m", module, str(out), str(kills), str(timed)]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=3600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == kills and {line["killed"] for line in lines} == {signal.SIGKILL}
+    assert len(lines) == kills + timed and {line["killed"] for line in lines} == {signal.SIGKILL}
     for kill, line in enumerate(lines):
         assert line["resumed"] == 0, (line, done.stderr[-4000:])
         assert differing(results(out / f"killed-{kill}"), whole) == [], line
@@ -356,9 +377,9 @@ def test_a_run_killed_at_four_places_and_resumed_leaves_the_same_bytes(whole, tm
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_sixty_places_and_resumed_leaves_the_same_bytes(whole, tmp_path):
-    killed_and_resumed("tests.trainers.test_interruption", tmp_path, 60, whole)
+def test_a_run_killed_at_a_hundred_places_and_twenty_times_and_resumed_leaves_the_same_bytes(whole, tmp_path):
+    killed_and_resumed("tests.trainers.test_interruption", tmp_path, 100, whole, timed=20)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -12,7 +12,7 @@ import pytest
 from rlhf import InputError, TrainingError, distributed
 from rlhf.commands.cli import guard
 from rlhf.core.random import EVALUATION
-from rlhf.distributed import Distributed
+from rlhf.layout import Replicated
 from rlhf.rewards.combine import Rewards
 from rlhf.rollout.in_process import InProcessEngine
 from rlhf.rollout.scoring import Scorer
@@ -73,7 +73,7 @@ def arm(trainer, phase: str, strike) -> None:
         "sampling": (InProcessEngine, "submit", lambda self, requests, *_: requests[0].key.stream != EVALUATION),
         "evaluation": (InProcessEngine, "submit", lambda self, requests, *_: requests[0].key.stream == EVALUATION),
         "scoring": (Scorer, "_forward", lambda *_: True),
-        "update": (Distributed, "backward", lambda *_: True),
+        "update": (Replicated, "backward", lambda *_: True),
         "rewards": (Rewards, "_call_all", lambda *_: True),
         "checkpoint": (Learner, "state", lambda self, step: step == STEP + 1),
     }[phase]
