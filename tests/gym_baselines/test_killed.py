@@ -29,7 +29,7 @@ def results(output_dir: Path) -> dict[str, bytes]:
 
 
 def train_or_resume(output_dir: Path) -> None:
-    """Six steps, saved every second one; some episodes span several."""
+    """Seven steps, saved about every second one; some episodes span several."""
     config = preset(
         "CartPole-v1",
         "ppo_penalty",
