@@ -48,7 +48,6 @@ class Adapters:
         self._layers = _switched_layers(self.lm)
         if any(getattr(layer, "merged", False) for layer in self._layers):
             raise InputError("policy: its adapter is merged into the base. Call unmerge_adapter() before training.")
-        self._check_saved()
         for layer in self._layers:
             layer.enable_adapters(True)
         self._train_only(POLICY)
@@ -60,6 +59,7 @@ class Adapters:
         from peft import get_peft_model
 
         check_lora(config)
+        saved = config.modules_to_save or ()  # peft adds the heads of classifiers
         try:
             with _new_weights(seed):
                 config = deepcopy(config)  # peft writes into the settings
@@ -72,17 +72,14 @@ class Adapters:
                 f"experts at once ({', '.join(sorted(config.target_parameters))}), not as linear layers. Name the layers "
                 "outside of the experts, such as target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']."
             )
-        return cls(model, seed=seed)
-
-    def _check_saved(self) -> None:
-        """Raise InputError if a name in modules_to_save fits nothing, at which peft is silent."""
-        found = [name for name, module in self.lm.named_modules() if hasattr(module, "modules_to_save")]
-        for wanted in self.config.modules_to_save or ():
+        found = [name for name, module in lm.named_modules() if hasattr(module, "modules_to_save")]
+        for wanted in saved:  # peft says nothing if a name fits no module
             if not any(name.endswith(wanted) for name in found):
                 raise InputError(
-                    f"peft_config: modules_to_save={wanted!r} is no module of {type(self.lm).__name__}, so that nothing "
-                    "would be trained for it. Correct the name."
+                    f"peft_config: modules_to_save={wanted!r} is no module of {type(lm).__name__}, so that nothing would "
+                    "be trained for it. Correct the name."
                 )
+        return cls(model, seed=seed)
 
     @contextmanager
     def active(self, name: str | None) -> Iterator[None]:

@@ -133,6 +133,11 @@ def check_sampling(engine: RolloutEngine) -> None:
             f"{_OTHER_MODEL}"
         ) from error
     gap = gaps.max().item() if engine.promises.exact else gaps.mean().item()
+    if math.isnan(gap):
+        raise InputError(
+            f"policy: {name} gives log-probs that are not numbers (NaN), for ordinary tokens. Look for NaN in its weights, "
+            "and whether it can compute in this dtype."
+        )
     if not gap < engine.promises.logprob_gap:
         raise InputError(
             f"policy: {name} samples with other log-probs than it is trained on: with a cache and padded prompts they "

@@ -10,8 +10,10 @@ _SURROGATE = "not available: choose grpo.surrogate clipped or clipped_weight"
 _REFERENCE = "not available: the reference stays as it is. Start a second run from the policy of the first"
 _ENTROPY = "not available: use a fixed grpo.entropy_coef"
 _HUB = "not available: nothing is uploaded. Upload output_dir yourself"
-_QUANTISED = "not available as a setting: load the quantised model in Python and pass it as policy, with lora.r above 0"
-_SHARDING = "not available as a setting: start with accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
+_QUANTISED = "not available: a setting cannot load it. Load the quantised model in Python and pass it as policy"
+_SHARDING = (
+    "not available: the launch decides. Start with accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
+)
 
 INSTEAD: dict[str, str] = {
     # the group and the scores

@@ -358,7 +358,7 @@ def no_linear_score(path: Path) -> str:
 
 
 REFUSED = {
-    "several labels": (three_labels, "no linear score with one label"),
+    "several labels": (three_labels, "has 3 labels, but a value is one number"),
     "a smaller vocabulary": (few_tokens, "embeds 8 tokens.*tokenizer has 11"),
     "another vocabulary": (other_tokens, "another vocabulary"),
     "no linear score": (no_linear_score, "BertForSequenceClassification has no linear score"),

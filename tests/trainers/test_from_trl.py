@@ -8,17 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.models.lora import LoRASettings
 from rlhf.trainers.config import GRPOTrainerConfig
 from rlhf.trainers.foreign_settings import INSTEAD, instead
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "from-trl.md").read_text(encoding="utf-8")
-SHARED = {"reward_weights", "log_completions", "learning_rate", "warmup_steps", "weight_decay", "seed"}
+SHARED = {
+    *("gradient_checkpointing", "reward_weights", "log_completions", "learning_rate", "warmup_steps", "weight_decay"),
+    "seed",
+}
+    "gradient_checkpointing",
+    "reward_weights",
+    "log_completions",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "seed",
+}
 """Names that mean the same, or nearly, in both; they need no hint."""
 
 
-NOT_OURS = {"dr_grpo", "file.py"}
-"""What a hint may also say: a loss type of TRL's, a file of the user's."""
+NOT_OURS = {"dr_grpo", "file.py", "config_file", "fsdp2.yaml"}
+"""What a hint may also say: a loss type of TRL's, a file of the user's, an option of accelerate launch and its file."""
 
 
 def tree(kind, prefix=""):
@@ -42,7 +54,8 @@ def settings():
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)
     names, values = tree(GRPOTrainerConfig)
-    return names | {f.name for f in dataclasses.fields(command.UserRun)}, values
+    lora, _ = tree(LoRASettings, "lora.")
+    return names | lora | {f.name for f in dataclasses.fields(command.UserRun)}, values
 
 
 OURS, VALUES = settings()

@@ -165,9 +165,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_touches_the_weigh
 
 def test_a_model_that_gives_no_numbers_is_stopped_and_the_first_completion_named(tmp_path):
     lm = tiny.causal_lm()
+    trainer = tiny.trainer(tmp_path, lm=lm)
     lm.get_output_embeddings().weight.data[5] = math.nan
     with pytest.raises(TrainingError, match="of step 0, completion 0 are not finite"):
-        tiny.trainer(tmp_path, lm=lm).train()
+        trainer.train()
+    with pytest.raises(InputError, match=r"LlamaForCausalLM gives log-probs that are not numbers.*weights"):
+        tiny.trainer(tmp_path / "again", lm=lm)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
