@@ -99,3 +99,18 @@ def test_an_export_that_fails_leaves_no_policy_and_the_checkpoint(tmp_path, monk
     with pytest.raises(TrainingError, match="does not load as the policy"):
         tiny.trainer(tmp_path, total_steps=2).train()
     assert not (tmp_path / "policy").exists() and (tmp_path / "checkpoints" / "step-000002").is_dir()
+
+
+def test_a_tokenizer_that_cannot_be_written_is_named_like_any_error_of_the_disk(tmp_path, monkeypatch):
+    """Its library, in Rust, raises a bare Exception."""
+    tokenizer = tiny.tokenizer()
+    save = type(tokenizer).save_pretrained
+
+    def obstructed(self, folder):
+        (folder / "tokenizer.json").mkdir()
+        return save(self, folder)
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", obstructed)
+    with pytest.raises(TrainingError, match=r"policy was not written: .*os error.*last checkpoint holds.*then resume"):
+        save_policy(Policy(tiny.causal_lm()), tokenizer, tmp_path / "policy")
+    assert list(tmp_path.iterdir()) == []
