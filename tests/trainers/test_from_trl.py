@@ -18,14 +18,6 @@ SHARED = {
     *("gradient_checkpointing", "reward_weights", "log_completions", "learning_rate", "warmup_steps", "weight_decay"),
     "seed",
 }
-    "gradient_checkpointing",
-    "reward_weights",
-    "log_completions",
-    "learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "seed",
-}
 """Names that mean the same, or nearly, in both; they need no hint."""
 
 
