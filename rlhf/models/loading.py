@@ -1,5 +1,8 @@
 """Loads language models and tokenizers, with clear error messages."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,16 @@ def load_causal_lm(path: str, *, setting: str = "policy", dtype: torch.dtype = t
 
     base = load_model(AutoModelForCausalLM, base_of(path, setting), f"{setting} (base of {path})", dtype=dtype)
     loader = _Loader(lambda found, **_: PeftModel.from_pretrained(base, found, is_trainable=True))
-    with torch.random.fork_rng():  # peft draws weights before it reads them
+    with adapter_loading():
         return load_model(loader, path, setting)
+
+
+@contextmanager
+def adapter_loading() -> Iterator[None]:
+    """Context in which peft loads an adapter: it draws weights before it reads them, and warns of nothing that matters."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # a matter between peft and transformers
+        yield
 
 
 def load_classifier(path: str, setting: str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

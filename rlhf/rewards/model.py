@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rlhf.data.tokenization import Encoder, Text
 from rlhf.errors import InputError
-from rlhf.models.loading import base_of, from_pretrained, is_adapter, load_classifier
+from rlhf.models.loading import adapter_loading, base_of, from_pretrained, is_adapter, load_classifier
 
 
 class RewardModel:
@@ -122,7 +122,8 @@ class RewardModel:
         from peft import PeftModel
 
         base = load_classifier(base_of(path, "reward_model"), "reward_model", dtype=dtype)
-        model = PeftModel.from_pretrained(base, path).to(device)
+        with adapter_loading():
+            model = PeftModel.from_pretrained(base, path).to(device)
         options = {"name": Path(path).name, **options}
         return cls(model, reward_tokenizer=_tokenizer_at(path), policy_tokenizer=policy_tokenizer, **options)
 
