@@ -29,8 +29,8 @@ def test_every_stage_runs_without_datasets_gymnasium_and_jsonargparse_and_says_t
     assert "BROKEN" not in done.stdout and done.stdout.count(" learns") == 8
     assert "a resumed run ends with the same bits" in done.stdout
     assert done.stdout.count("tokens/s") == 4 and done.stdout.count("peak memory") == 4
-    results = "float32 passed, bfloat16 passed, process-group passed, control SKIPPED, speed-float32 passed"
-    assert f"\n{results}, speed-bfloat16 passed\n" in done.stdout
+    results = "float32 passed, bfloat16 passed, process-group passed, shards passed, adapters passed"
+    assert f"\n{results}, control SKIPPED, speed-float32 passed, speed-bfloat16 passed\n" in done.stdout
     assert "Gymnasium is not installed" in done.stdout
 
 
