@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from rlhf import InputError
+from rlhf import InputError, TrainingError
 from rlhf.distributed import Distributed
+from rlhf.layout import FullySharded
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,18 @@ def test_a_launch_that_would_get_another_strategy_than_it_asks_for_is_refused(
         tiny.trainer(tmp_path / "run", lm="/no/such/model", tokenizer=tiny.tokenizer())
     assert all(part in str(error.value) for part in parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_would_be_one_shard_is_refused_and_one_that_is_left_whole_ends_the_run():
+    """What Accelerate does in silence: a model without marked layers as one unit, or no shards at all."""
+    layout = FullySharded.__new__(FullySharded)  # a group of processes is not needed for this
+    with pytest.raises(InputError, match=r"FSDP2: Linear has no layers.*gathered at once.*ddp\.yaml"):
+        layout._shard(torch.nn.Linear(2, 2), None)
+    lm = tiny.causal_lm()
+    with pytest.raises(
+        TrainingError, match=r"FSDP2 was asked for, but LlamaForCausalLM has 0 unit\(s\).*not in shards"
+    ):
+        layout._prove(lm)
 
 
 @pytest.mark.parametrize(
