@@ -6,7 +6,7 @@ Takes the settings of the recipes and reads the models' config.json alone: no we
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,38 +18,23 @@ from rlhf.algorithms.grpo import GRPO
 from rlhf.algorithms.ppo import PPO
 from rlhf.algorithms.presets import PRESETS
 from rlhf.commands.cli import guard, parse
+from rlhf.commands.user_settings import UserSettings
 from rlhf.errors import InputError
 from rlhf.models.loading import base_of, is_adapter, load_model
-from rlhf.models.lora import LoRASettings
 from rlhf.trainers.config import GRPOTrainerConfig, PPOTrainerConfig, TrainerConfig
 from rlhf.trainers.plan import HELD, PHASES, Machine, Models, Plan, advice, gb, lines, plan, this_machine
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class _Asked(UserSettings):
     """What the recipes add to a trainer's settings, and what the plan adds to theirs."""
 
-    policy: str | None = None
-    """Causal LM to train: a folder with its config.json, or a hub name that is in the cache."""
-    lora: LoRASettings = field(default_factory=LoRASettings)
     critic: str = "head"
     """As in recipes/ppo_rlhf.py."""
-    reward_model: str | None = None
-    """Sequence classifier with one label."""
     preset: str | None = None
     """As in recipes/grpo.py."""
     output_dir: str = "runs/plan"
     """Not used, like the data's settings."""
-    tokenizer: str | None = None
-    dataset: str | None = None
-    eval_dataset: str | None = None
-    dataset_split: str = "train"
-    eval_split: str = "train"
-    prompt_column: str = "prompt"
-    system_prompt: str | None = None
-    reward: list[str] = field(default_factory=list)
-    resume: bool | str = False
-    overwrite: bool = False
     device_gb: float | None = None
     """Memory of each GPU, in units of 10**9 bytes; null: of this machine."""
     processes: int = 1

@@ -28,7 +28,7 @@ def place(
     if reference is not None:
         if reference.module is not None:
             reference.module.to(distributed.device)
-        assert reference.fingerprint  # computed here: on the device, and before the tensors are spread
+        _ = reference.fingerprint  # computed here, on the device and before the tensors are spread, and kept
         if reference.module is not None:
             distributed.layout.freeze(reference.module)
     for function in models:
