@@ -79,9 +79,8 @@ class Scorer:
         """Run `policy` on all rows, about `microbatch_tokens` at a time, longest first; 0 where the mask is False."""
         order = packed.row_tokens.argsort(descending=True, stable=True)
         rows = order.split(max(1, self.microbatch_tokens // int(packed.row_tokens.max())))
-        rest = self._most(len(rows)) - len(
-            rows
-        )  # agreed upon before the first one: later, processes would wait for ever
+        # Agreed upon before the first forward: afterwards, processes would wait for each other for ever.
+        rest = self._most(len(rows)) - len(rows)
         pieces = [policy({k: tensor[r] for k, tensor in packed.inputs.items()}, packed.actions[r]) for r in rows]
         for _ in range(rest):  # other processes need this one's weights for their rows
             policy({k: tensor[order[-1:]] for k, tensor in packed.inputs.items()}, packed.actions[order[-1:]])

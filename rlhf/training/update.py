@@ -146,13 +146,14 @@ def _adapt(
 ) -> dict[str, float]:
     """Measures KL(old || policy) over the whole batch and lets the algorithm adapt to it."""
     total = batch.old_logprobs.new_zeros(())
-    for microbatch in split_minibatch(batch, config.microbatch_tokens, distributed.rank, distributed.world_size):
-        outputs = forward(policy, algorithm, microbatch)
-        mask = microbatch.weightings["policy"].weight != 0
-        kl = outputs.kl
-        if kl is None:  # language models have no exact KL: k3 of the old policy's samples
-            kl = kl_estimate(microbatch.old_logprobs, outputs.logprobs, "k3")
-        total = total + masked_sum(kl, mask)
+    with distributed.layout.inference(distributed.unwrap(policy), gather=False):
+        for microbatch in split_minibatch(batch, config.microbatch_tokens, distributed.rank, distributed.world_size):
+            outputs = forward(policy, algorithm, microbatch)
+            mask = microbatch.weightings["policy"].weight != 0
+            kl = outputs.kl
+            if kl is None:  # language models have no exact KL: k3 of the old policy's samples
+                kl = kl_estimate(microbatch.old_logprobs, outputs.logprobs, "k3")
+            total = total + masked_sum(kl, mask)
     measured = (distributed.all_sum(total) / batch.mask.sum()).item()
     batch.coefficients.update(algorithm.adapt(state, measured))
     return {"measured_kl": measured}

@@ -92,7 +92,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
         "gpt2",
         prompts_per_step=9,  # 4 and 5 prompts; minibatches of 3: 2 rows and 1
         update={"microbatch_tokens": 24},
-        ppo={"kl_target": 0.5, "kl_horizon": 50, "entropy_coef": 0.02},
+        ppo={"kl_target": 0.5, "kl_horizon": 50, "entropy_coef": 0.02, "penalty_coef": 0.5, "penalty_target": 0.01},
         eval_every=2,
     ),
     "untied, judged by a model, critic made from it": lambda out: ppo(
